@@ -1,0 +1,64 @@
+// Dense products Y = X W^T for every layer of a model: X [rows, k] f32, W [n, k] as stored, Y [rows, n].
+//
+// Promise (tests hold it bitwise, per ISA): an output element is the same sum in the same order
+// whatever the number of rows, threads or the partition of the work, so a token's result does not
+// depend on which other tokens are computed with it.
+//
+// X is packed once (PackRows) and used by every product that reads it: gate and up of an expert share
+// one pack, and tokens are gathered while packing. W is widened to f32 panel by panel in cache, so
+// bf16 weights run at f32 speed on CPUs without bf16 instructions.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "base/aligned_buffer.h"   // AlignedBuffer
+#include "base/thread_pool.h"      // ThreadPool
+#include "kernels/weight_matrix.h" // WeightMatrix
+
+namespace winnow {
+
+// Rows of activations in the layout the product kernels read: panels of kPanelRows(isa) rows,
+// each [k][panel rows], zero-padded. Grows on demand and is reused between calls.
+class PackedRows {
+ public:
+  // Rows of x [*, k] with stride `ld`, in order.
+  void Pack(const float* x, int64_t rows, int64_t k, int64_t ld, ThreadPool& pool);
+  // Rows x[index[i]], the gather of an expert's tokens.
+  void PackGathered(const float* x, std::span<const int32_t> index, int64_t k, int64_t ld,
+                    ThreadPool& pool);
+  // silu(gate) * up, element by element, both [rows, k] with stride ld: the input of a down projection.
+  void PackSwiGlu(const float* gate, const float* up, int64_t rows, int64_t k, int64_t ld,
+                  ThreadPool& pool);
+
+  int64_t rows() const { return rows_; }
+  int64_t k() const { return k_; }
+  int64_t panel_rows() const { return panel_rows_; }
+  const float* data() const { return buffer_.data(); }
+  // Bytes a pack of this size holds, for memory plans.
+  static uint64_t Bytes(int64_t rows, int64_t k);
+
+ private:
+  void Reserve(int64_t rows, int64_t k);
+  AlignedBuffer<float> buffer_;
+  int64_t rows_ = 0;
+  int64_t k_ = 0;
+  int64_t panel_rows_ = 0;
+};
+
+// y[i, j] = sum_k x[i, k] w[j, k]; y has row stride ld_y >= w.rows. Overwrites y.
+void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool);
+
+// The same for one caller thread, for use inside a task of a pool (attention heads).
+void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
+
+// For one to eight rows, where reading W is the cost: y[i, j] as above, each element summed in an order
+// that depends on k alone (not the order MatMul uses). x [rows, k] contiguous.
+void MatVec(const float* x, int64_t rows, const WeightMatrix& w, float* y, int64_t ld_y,
+            ThreadPool& pool);
+
+// Plain double-precision reference of both, for tests.
+void MatMulReference(const float* x, int64_t rows, int64_t ld_x, const WeightMatrix& w, float* y,
+                     int64_t ld_y);
+
+}  // namespace winnow

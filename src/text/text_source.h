@@ -1,0 +1,48 @@
+// Calibration and evaluation text: where it comes from and how it becomes documents.
+//
+//   prose.txt, prose.txt.xz, .zst, .gz   a line `<|endoftext|>` ends a document and is not text
+//   code.jsonl (same suffixes)           one JSON object a line; the text is in `field`
+//   ids.safetensors                      `input_ids` I32/I64 [n, T], or [N] with `offsets` [n+1]
+//
+// A source may carry a share of the blocks behind a colon: `prose.txt.xz:2` (default 1).
+// Reads in a stream: a 10 GB file costs a buffer. Throws UsageError (unknown kind, bad share),
+// RuntimeError (cannot read), ModelError (damaged: bad JSON line, no UTF-8, bad archive).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/file.h"  // fs
+
+namespace winnow {
+
+struct TextSource {
+  fs::path path;
+  double share = 1.0;
+  // The file's name without folder and suffixes ("prose"): names the source in reports.
+  std::string name;
+  bool is_token_ids = false;
+};
+
+// "a.txt.xz:2" -> path a.txt.xz, share 2. A path that exists with the colon in it wins.
+TextSource ParseTextSource(const std::string& argument);
+
+// Calls on_document for each document in order until it returns false. `field` names the JSON key.
+// A document is the text between separators without the final newline before the separator.
+void ReadDocuments(const TextSource& source, const std::string& field,
+                   const std::function<bool(std::string document)>& on_document);
+
+// Token sequences read from an id file. Rows of different length are possible ([N] + offsets).
+struct TokenSequences {
+  std::vector<int32_t> ids;        // all rows joined
+  std::vector<int64_t> offsets;    // [n + 1]
+  int64_t size() const { return static_cast<int64_t>(offsets.size()) - 1; }
+};
+// ModelError if ids are negative or do not fit 32 bits, or offsets do not rise from 0 to N.
+TokenSequences ReadTokenIds(const fs::path& path);
+
+}  // namespace winnow
