@@ -1,0 +1,3 @@
+#include "checkpoint/checkpoint.h"
+
+#include <gtest/gtest.h>
