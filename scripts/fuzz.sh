@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# ./dev fuzz [SECONDS]: every fuzz target for SECONDS over a corpus that starts from the seeds in
+# tests/data and keeps growing in build/fuzz/corpus/. 0 seconds only replays the seeds.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+cd "$ROOT"
+
+seconds=${1:-30}
+[[ $seconds =~ ^[0-9]+$ ]] || die "fuzz: \"$seconds\" is not a number of seconds" "" 2
+
+# Inputs a target may start from: the folder tests/data/fuzz/<target>, else files whose name suits it.
+seed() {
+  local target=$1 corpus=$2 file
+  mkdir -p "$corpus"
+  if [ -d "tests/data/fuzz/$target" ]; then
+    cp -n tests/data/fuzz/"$target"/* "$corpus"/ 2>/dev/null || true
+    return
+  fi
+  case $target in
+    *safetensors*) set -- -name '*.safetensors' ;;
+    *token*) set -- -name 'tokenizer*.json' ;;
+    *regex* | *split* | *text*) set -- -name '*.txt' ;;
+    *jsonl*) set -- -name '*.jsonl' ;;
+    *stats*) set -- -name '*.stats' -o -name '*.wstats' -o -name '*.safetensors' ;;
+    *) set -- -name '*.json' ;;
+  esac
+  while IFS= read -r -d '' file; do
+    cp -n "$file" "$corpus/seed-$(sha1sum "$file" | cut -c1-16)"
+  done < <(find tests/data examples -type f -size -256k \( "$@" \) -print0 2>/dev/null)
+}
+
+replay_or_run() {
+  local program=$1 corpus=$2
+  if [ "$seconds" = 0 ]; then
+    "$program" -runs=0 -rss_limit_mb=2048 -timeout=20 -artifact_prefix="$corpus-crash-" "$corpus"
+  else
+    "$program" -max_total_time="$seconds" -max_len=262144 -rss_limit_mb=2048 -timeout=20 -print_final_stats=1 \
+      -artifact_prefix="$corpus-crash-" "$corpus"
+  fi
+}
+
+title "Fuzz"
+need build develop
+configure fuzz
+build fuzz
+failed=0 found=0
+for program in build/fuzz/fuzz/*_fuzz; do
+  [ -x "$program" ] || continue
+  found=1
+  target=$(basename "$program") corpus=build/fuzz/corpus/$(basename "$program")
+  seed "$target" "$corpus"
+  step "fuzz $target" replay_or_run "$program" "$corpus" || failed=1
+  log=$LOGS/fuzz-$target.log
+  awk -v target="$target" '
+    /stat::number_of_executed_units/ { runs = $2 }
+    /stat::average_exec_per_sec/ { rate = $2 }
+    /cov: [0-9]+/ { for (i = 1; i < NF; ++i) { if ($i == "cov:") cov = $(i + 1); if ($i == "corp:") corp = $(i + 1) } }
+    END { printf "    %s: %s coverage points, corpus %s%s\n", target, cov == "" ? 0 : cov, corp == "" ? 0 : corp,
+                 runs == "" ? "" : ", " runs " runs, " rate " per second" }' "$log"
+done
+[ $found = 1 ] || note "no fuzz target is built yet"
+exit $failed
