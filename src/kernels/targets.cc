@@ -1,0 +1,77 @@
+#include "kernels/targets.h"
+
+#include "base/error.h"          // UsageError
+#include "kernels/tile_shape.h"  // TileShape
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/targets.cc"
+#include "hwy/foreach_target.h"  // before highway.h
+#include "kernels/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace winnow {
+namespace HWY_NAMESPACE {
+
+int64_t CompiledTarget() { return HWY_TARGET; }
+TileShape CompiledTileShape() { return {kTileRows, kTileColumns}; }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace winnow
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace winnow {
+
+HWY_EXPORT(CompiledTarget);
+HWY_EXPORT(CompiledTileShape);
+
+TileShape ActiveTileShape() { return HWY_DYNAMIC_DISPATCH(CompiledTileShape)(); }
+
+namespace {
+
+// Highway's names stay inside: users see the instruction set that matters for speed.
+std::string NameOfTarget(int64_t target) {
+  if (target <= HWY_AVX3) return "avx512";
+  if (target == HWY_AVX2) return "avx2";
+  return "scalar";
+}
+
+// What the kernels were compiled for and this CPU and system can run, best first.
+std::vector<int64_t> RunnableTargets() {
+  std::vector<int64_t> targets;
+  for (int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
+    targets.push_back(left & -left);
+  }
+  // The baseline is compiled in always, whether or not Highway counts it as supported.
+  if (targets.empty() || targets.back() != HWY_STATIC_TARGET) targets.push_back(HWY_STATIC_TARGET);
+  return targets;
+}
+
+}  // namespace
+
+std::vector<std::string> SupportedIsas() {
+  std::vector<std::string> names;
+  for (const int64_t target : RunnableTargets()) {
+    const std::string name = NameOfTarget(target);
+    if (names.empty() || names.front() != name) names.insert(names.begin(), name);
+  }
+  return names;
+}
+
+std::string ActiveIsa() { return NameOfTarget(HWY_DYNAMIC_DISPATCH(CompiledTarget)()); }
+
+void SelectIsa(std::string_view name) {
+  for (const int64_t target : RunnableTargets()) {
+    if (NameOfTarget(target) == name) {
+      hwy::GetChosenTarget().Update(target);
+      return;
+    }
+  }
+  std::string known;
+  for (const std::string& isa : SupportedIsas()) known += (known.empty() ? "" : ", ") + isa;
+  throw UsageError("instruction set '" + std::string(name) + "' cannot run on this CPU",
+                   "choose one of: " + known);
+}
+
+}  // namespace winnow
+#endif  // HWY_ONCE
