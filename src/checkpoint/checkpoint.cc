@@ -21,7 +21,8 @@ constexpr char kConfigName[] = "config.json";
 constexpr uint64_t kMaxConfigBytes = uint64_t{4} << 20;
 constexpr size_t kMaxConfigKeys = 10'000;
 
-void CheckObjectSizes(const Json& value, const std::string& where) {  // depth is bounded by ParseJson
+void CheckObjectSizes(const Json& value,
+                      const std::string& where) {  // depth is bounded by ParseJson
   if (value.is_object() && value.size() > kMaxConfigKeys) {
     throw ModelError(fmt::format("{}: an object of {} keys, the limit is {}", where, value.size(),
                                  kMaxConfigKeys));
@@ -35,10 +36,11 @@ OrderedJson ReadConfig(const fs::path& folder, const std::vector<std::string>& f
   const fs::path path = folder / kConfigName;
   if (!std::binary_search(files.begin(), files.end(), kConfigName)) {
     std::error_code ignored;
-    throw ModelError(fmt::format("{}: no {}", folder.string(), kConfigName),
-                     fs::is_directory(folder / "snapshots", ignored)
-                         ? "this is a Hub cache folder; give one of its snapshots/<revision> folders"
-                         : "give the folder that holds the model's config.json and .safetensors files");
+    throw ModelError(
+        fmt::format("{}: no {}", folder.string(), kConfigName),
+        fs::is_directory(folder / "snapshots", ignored)
+            ? "this is a Hub cache folder; give one of its snapshots/<revision> folders"
+            : "give the folder that holds the model's config.json and .safetensors files");
   }
   const std::string text = ReadTextFile(path, kMaxConfigBytes);
   CheckObjectSizes(ParseJson(text, path.string()), path.string());
@@ -50,8 +52,8 @@ OrderedJson ReadConfig(const fs::path& folder, const std::vector<std::string>& f
   return config;
 }
 
-// Every mapped tensor must be in the shard the index names; tensors the index leaves out and a wrong
-// total are reported.
+// Every mapped tensor must be in the shard the index names; tensors the index leaves out and a
+// wrong total are reported.
 void CheckIndex(const ShardIndex& index, const Checkpoint& checkpoint,
                 std::vector<std::string>& findings) {
   const std::string where = (checkpoint.folder() / kShardIndexName).string();
@@ -80,8 +82,9 @@ void CheckIndex(const ShardIndex& index, const Checkpoint& checkpoint,
   }
   const uint64_t total = checkpoint.total_bytes();
   if (index.total_size && *index.total_size != static_cast<double>(total)) {
-    findings.push_back(fmt::format("the index gives a total_size of {:.0f} bytes, the tensors have {}",
-                                   *index.total_size, total));
+    findings.push_back(
+        fmt::format("the index gives a total_size of {:.0f} bytes, the tensors have {}",
+                    *index.total_size, total));
   }
 }
 
@@ -123,8 +126,8 @@ Checkpoint Checkpoint::Open(const fs::path& folder) {
     count += result.shards_.back().tensors().size();
   }
   if (count > kMaxTensorCount) {
-    throw ModelError(fmt::format("{}: {} tensors, the limit is {}", folder.string(), count,
-                                 kMaxTensorCount));
+    throw ModelError(
+        fmt::format("{}: {} tensors, the limit is {}", folder.string(), count, kMaxTensorCount));
   }
   result.tensors_.reserve(count);
   result.by_name_.reserve(count);
@@ -134,10 +137,10 @@ Checkpoint Checkpoint::Open(const fs::path& folder) {
           result.by_name_.emplace(tensor.name, static_cast<uint32_t>(result.tensors_.size()));
       if (!is_new) {
         const auto other = static_cast<size_t>(result.tensors_[position->second].shard);
-        throw ModelError(fmt::format("{}: tensor {} is in two shards, {} and {}", folder.string(),
-                                     QuotedName(tensor.name), weights.names[other],
-                                     weights.names[shard]),
-                         "remove the shard that does not belong to the model");
+        throw ModelError(
+            fmt::format("{}: tensor {} is in two shards, {} and {}", folder.string(),
+                        QuotedName(tensor.name), weights.names[other], weights.names[shard]),
+            "remove the shard that does not belong to the model");
       }
       tensor.shard = static_cast<int32_t>(shard);
       result.total_bytes_ += tensor.bytes;  // no more than the files' sizes
@@ -167,7 +170,8 @@ void Checkpoint::Read(const TensorInfo& tensor, std::span<std::byte> out) const 
   shards_.at(static_cast<size_t>(tensor.shard)).Read(tensor, out);
 }
 
-void Checkpoint::ReadPart(const TensorInfo& tensor, uint64_t offset, std::span<std::byte> out) const {
+void Checkpoint::ReadPart(const TensorInfo& tensor, uint64_t offset,
+                          std::span<std::byte> out) const {
   shards_.at(static_cast<size_t>(tensor.shard)).ReadPart(tensor, offset, out);
 }
 

@@ -37,9 +37,9 @@ SafetensorsFile SafetensorsFile::Open(const fs::path& path) {
 }
 
 const TensorInfo* SafetensorsFile::Find(std::string_view name) const {
-  const auto found =
-      std::lower_bound(by_name_.begin(), by_name_.end(), name,
-                       [&](uint32_t index, std::string_view key) { return tensors_[index].name < key; });
+  const auto found = std::lower_bound(
+      by_name_.begin(), by_name_.end(), name,
+      [&](uint32_t index, std::string_view key) { return tensors_[index].name < key; });
   if (found == by_name_.end() || tensors_[*found].name != name) return nullptr;
   return &tensors_[*found];
 }
@@ -56,7 +56,8 @@ const TensorInfo& SafetensorsFile::Get(std::string_view name) const {
 void SafetensorsFile::Read(const TensorInfo& tensor, std::span<std::byte> out) const {
   if (out.size() != tensor.bytes) {
     throw RuntimeError(fmt::format("{}: tensor {}: read of {} bytes into a buffer of {}",
-                                   path().string(), QuotedName(tensor.name), tensor.bytes, out.size()));
+                                   path().string(), QuotedName(tensor.name), tensor.bytes,
+                                   out.size()));
   }
   ReadPart(tensor, 0, out);
 }

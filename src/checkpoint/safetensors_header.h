@@ -40,8 +40,8 @@ std::string TensorNameProblem(std::string_view name);
 // A name that came from a file, shortened and without control characters, for messages.
 std::string QuotedName(std::string_view name);
 
-// Bytes of a dense tensor. ModelError naming `where` and the tensor if they do not fit 64 bits or are
-// no whole number (packed 4- and 6-bit formats).
+// Bytes of a dense tensor. ModelError naming `where` and the tensor if they do not fit 64 bits or
+// are no whole number (packed 4- and 6-bit formats).
 uint64_t TensorBytes(const TensorInfo& tensor, const std::string& where);
 
 }  // namespace winnow

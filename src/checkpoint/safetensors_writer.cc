@@ -35,7 +35,8 @@ void CheckTensors(const std::vector<TensorInfo>& tensors) {
     if (tensor.name == "__metadata__") problem = "is reserved";
     if (!names.insert(tensor.name).second) problem = "appears twice";
     if (tensor.shape.size() > kMaxTensorRank) {
-      problem = fmt::format("has {} dimensions, the limit is {}", tensor.shape.size(), kMaxTensorRank);
+      problem =
+          fmt::format("has {} dimensions, the limit is {}", tensor.shape.size(), kMaxTensorRank);
     }
     if (!problem.empty()) {
       throw ModelError(fmt::format("{}: tensor {} {}", kWriting, QuotedName(tensor.name), problem));
@@ -95,8 +96,8 @@ void WriteSafetensors(const fs::path& path, std::span<const TensorData> tensors,
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].data.size() != layout[i].bytes) {
       throw RuntimeError(fmt::format("{}: tensor {}: {} needs {} bytes, got {}", path.string(),
-                                     QuotedName(layout[i].name), layout[i].Describe(), layout[i].bytes,
-                                     tensors[i].data.size()));
+                                     QuotedName(layout[i].name), layout[i].Describe(),
+                                     layout[i].bytes, tensors[i].data.size()));
     }
   }
   const fs::path temporary = path.string() + ".tmp";

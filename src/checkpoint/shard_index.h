@@ -1,5 +1,5 @@
-// model.safetensors.index.json: which shard holds which tensor. Throws ModelError for anything but an
-// object of strings that are plain file names inside the folder.
+// model.safetensors.index.json: which shard holds which tensor. Throws ModelError for anything but
+// an object of strings that are plain file names inside the folder.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@ namespace {
 
 constexpr char kSingleName[] = "model.safetensors";
 constexpr char kSuffix[] = ".safetensors";
-constexpr uint64_t kMaxIndexBytes = uint64_t{256} << 20;
+constexpr uint64_t kMaxIndexBytes = kMaxSafetensorsHeaderBytes;
 
 bool Contains(const std::vector<std::string>& sorted, std::string_view name) {
   return std::binary_search(sorted.begin(), sorted.end(), name, std::less<>());
@@ -69,18 +69,21 @@ void ReportUnread(const std::vector<std::string>& candidates, const std::vector<
                                  unread.size() == 1 ? "it" : "them"));
 }
 
-[[noreturn]] void ThrowMissingShards(const fs::path& folder, const std::vector<std::string>& missing,
+[[noreturn]] void ThrowMissingShards(const fs::path& folder,
+                                     const std::vector<std::string>& missing,
                                      std::string_view claim) {
   std::string hint = "fetch the missing files; the download may have been interrupted";
   std::error_code ignored;
   if (fs::is_symlink(folder / missing.front(), ignored)) {
     hint = "it is a link whose target is missing; fetch the model again";
   }
-  throw ModelError(fmt::format("{}: missing {} ({})", folder.string(), Listed(missing), claim), hint);
+  throw ModelError(fmt::format("{}: missing {} ({})", folder.string(), Listed(missing), claim),
+                   hint);
 }
 
 // No index and no model.safetensors: numbered shards must be complete, other names are all taken.
-std::vector<std::string> WithoutIndex(const fs::path& folder, const std::vector<std::string>& candidates,
+std::vector<std::string> WithoutIndex(const fs::path& folder,
+                                      const std::vector<std::string>& candidates,
                                       std::vector<std::string>& findings) {
   std::map<std::pair<std::string, uint32_t>, std::vector<std::string>> sets;
   for (const std::string& name : candidates) {
@@ -97,9 +100,10 @@ std::vector<std::string> WithoutIndex(const fs::path& folder, const std::vector<
       return set.first.first == "model" && set.second.size() == set.first.second;
     });
     if (chosen == sets.end()) {
-      throw ModelError(fmt::format("{}: no {}, and its shards belong to {} different sets ({})",
-                                   folder.string(), kShardIndexName, sets.size(), Listed(candidates)),
-                       "fetch the index or remove the shards that do not belong to the model");
+      throw ModelError(
+          fmt::format("{}: no {}, and its shards belong to {} different sets ({})", folder.string(),
+                      kShardIndexName, sets.size(), Listed(candidates)),
+          "fetch the index or remove the shards that do not belong to the model");
     }
   }
   const auto& [stem, total] = chosen->first;
@@ -119,6 +123,12 @@ std::vector<std::string> WithoutIndex(const fs::path& folder, const std::vector<
 }
 
 [[noreturn]] void ThrowNoWeights(const fs::path& folder, const std::vector<std::string>& files) {
+  std::error_code ignored;
+  if (fs::is_symlink(folder / kSingleName, ignored)) {
+    throw ModelError(
+        fmt::format("{}: {} is a link whose target is missing", folder.string(), kSingleName),
+        "fetch the model again; the download may have been interrupted");
+  }
   const auto foreign = std::find_if(files.begin(), files.end(), IsWeightFileName);
   if (foreign != files.end()) {
     throw ModelError(fmt::format("{}: has {} but no .safetensors file; only safetensors are read",
@@ -145,7 +155,8 @@ std::vector<std::string> ListFiles(const fs::path& folder) {
   for (; !error && entries != fs::directory_iterator(); entries.increment(error)) {
     std::string name = entries->path().filename().string();
     std::error_code broken;  // a dangling link or a loop is no file
-    if (!name.starts_with('.') && entries->is_regular_file(broken)) names.push_back(std::move(name));
+    if (!name.starts_with('.') && entries->is_regular_file(broken))
+      names.push_back(std::move(name));
   }
   if (error) {
     throw RuntimeError(fmt::format("cannot list {}: {}", folder.string(), error.message()));
@@ -155,8 +166,8 @@ std::vector<std::string> ListFiles(const fs::path& folder) {
 }
 
 bool IsWeightFileName(std::string_view name) {
-  for (const std::string_view ending : {".safetensors", ".safetensors.index.json", ".gguf", ".pth", ".pt",
-                                        ".h5", ".msgpack", ".onnx", ".ckpt"}) {
+  for (const std::string_view ending : {".safetensors", ".safetensors.index.json", ".gguf", ".pth",
+                                        ".pt", ".h5", ".msgpack", ".onnx", ".ckpt"}) {
     if (name.ends_with(ending)) return true;
   }
   return name.starts_with("pytorch_model") &&
@@ -175,8 +186,8 @@ WeightFiles FindWeightFiles(const fs::path& folder, const std::vector<std::strin
     const fs::path path = folder / kShardIndexName;
     ShardIndex index = ParseShardIndex(ReadTextFile(path, kMaxIndexBytes), path.string());
     std::vector<std::string> missing;
-    std::set_difference(index.files.begin(), index.files.end(), candidates.begin(), candidates.end(),
-                        std::back_inserter(missing));
+    std::set_difference(index.files.begin(), index.files.end(), candidates.begin(),
+                        candidates.end(), std::back_inserter(missing));
     if (missing.empty()) {
       result.names = index.files;
       result.index = std::move(index);

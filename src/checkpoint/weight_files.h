@@ -17,8 +17,8 @@ struct WeightFiles {
   std::optional<ShardIndex> index;  // its files are `names`
 };
 
-// Sorted names of the regular files and of the links to regular files in `folder`, hidden files left
-// out. ModelError if it is no folder.
+// Sorted names of the regular files and of the links to regular files in `folder`, hidden files
+// left out. ModelError if it is no folder.
 std::vector<std::string> ListFiles(const fs::path& folder);
 
 // Throws ModelError if shards are missing or there are no safetensors weights; appends one sentence
