@@ -45,18 +45,53 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
+// Fetches a tile of W into L2 while the one before it is used, a few lines with every panel: rows of W
+// are far apart and each gives only kBlockColumns elements, too short for the hardware to notice.
+class TilePrefetch {
+ public:
+  TilePrefetch(const WeightMatrix& w, int64_t row, int64_t column, int64_t panels) {
+    constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
+    const int64_t element_bytes = w.dtype == Dtype::kF32 ? 4 : 2;
+    row_bytes_ = w.cols * element_bytes;
+    next_ = w.data + row * row_bytes_ + column * element_bytes;
+    line_ = 0;
+    lines_per_row_ = std::min(kBlockColumns, w.cols - column) * element_bytes / 64 + 1;
+    rows_left_ = std::min(kColumns, w.rows - row);
+    lines_per_call_ = (lines_per_row_ * rows_left_ + panels - 1) / panels;
+  }
+  HWY_INLINE void Some() {
+    for (int64_t i = 0; i < lines_per_call_ && rows_left_ > 0; ++i) {
+      __builtin_prefetch(next_ + 64 * line_, 0, 2);
+      if (++line_ == lines_per_row_) {
+        line_ = 0;
+        next_ += row_bytes_;
+        --rows_left_;
+      }
+    }
+  }
+
+ private:
+  const std::byte* next_;
+  int64_t row_bytes_, line_, lines_per_row_, rows_left_, lines_per_call_;
+};
+
 void RunMatMulTask(const MatMulTask& task) {
   constexpr auto kRows = static_cast<int64_t>(kTileRows);
   constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
   HWY_ALIGN float w_tile[kBlockColumns * kColumns];
   const int64_t k = task.w->cols;
+  const int64_t task_panels = task.end_panel - task.first_panel;
   for (int64_t first_k = 0; first_k < k; first_k += kBlockColumns) {
     const int64_t block = std::min(kBlockColumns, k - first_k);
     const float* a_block = task.packed + first_k * task.panels * kRows;
     for (int64_t column = task.first_column; column < task.end_column; column += kColumns) {
       WidenTile(*task.w, column, first_k, block, w_tile);
       const int64_t columns = std::min(kColumns, task.end_column - column);
+      const bool last = column + kColumns >= task.end_column;
+      TilePrefetch prefetch(*task.w, last ? task.first_column : column + kColumns,
+                            last ? std::min(first_k + kBlockColumns, k) : first_k, task_panels);
       for (int64_t panel = task.first_panel; panel < task.end_panel; ++panel) {
+        prefetch.Some();
         const int64_t row = panel * kRows;
         const int64_t rows = std::min(kRows, task.rows - row);
         ComputeTile(a_block + panel * block * kRows, w_tile, block, rows, columns,
@@ -86,19 +121,26 @@ struct Partition {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Partition MakePartition(int64_t panels, int64_t n, const TileShape& tile, int num_threads) {
-  // One block of a task's panels stays in L2 while the task's rows of W pass: 384 KiB.
-  constexpr int64_t kMaxBlockBytes = 384 << 10;
-  constexpr int64_t kMaxColumnTiles = 8;
+Partition MakePartition(int64_t panels, int64_t n, int64_t k, const TileShape& tile,
+                        int num_threads) {
+  // Sizes for an L2 cache of 512 KiB, the smallest of the CPUs with AVX2 that servers use: one block
+  // of a task's panels stays there while the task's rows of W pass, and so does the part of Y that
+  // comes back with every block of columns.
+  constexpr int64_t kFloat = sizeof(float);
+  constexpr int64_t kMaxPanelBytes = 384 << 10;
+  constexpr int64_t kMaxYBytes = 160 << 10;
   constexpr int64_t kTasksPerThread = 4;
-  const int64_t most_panels =
-      kMaxBlockBytes / (kBlockColumns * tile.rows * static_cast<int64_t>(sizeof(float)));
+  const int64_t panel_bytes = std::min(k, kBlockColumns) * tile.rows * kFloat;
   const int64_t wanted = num_threads == 1 ? 1 : num_threads * kTasksPerThread;
   Partition p{};
-  p.row_tasks = CeilDiv(panels, most_panels);
+  p.row_tasks = CeilDiv(panels, kMaxPanelBytes / panel_bytes);
+  p.panels_per_task = CeilDiv(panels, p.row_tasks);
   const int64_t column_tiles = CeilDiv(n, tile.columns);
+  const int64_t tile_bytes = p.panels_per_task * tile.rows * tile.columns * kFloat;
+  const int64_t most_tiles =
+      k <= kBlockColumns ? column_tiles : std::max<int64_t>(1, kMaxYBytes / tile_bytes);
   const int64_t tiles_per_task =
-      std::clamp<int64_t>(column_tiles * p.row_tasks / wanted, 1, kMaxColumnTiles);
+      std::clamp<int64_t>(column_tiles * p.row_tasks / wanted, 1, most_tiles);
   p.columns_per_task = tiles_per_task * tile.columns;
   p.column_tasks = CeilDiv(column_tiles, tiles_per_task);
   if (p.row_tasks * p.column_tasks < wanted) {  // few columns: cut the rows instead
@@ -129,7 +171,7 @@ void MatMulWith(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld
     return;
   }
   const int64_t panels = CeilDiv(x.rows(), tile.rows);
-  const Partition p = MakePartition(panels, w.rows, tile, num_threads);
+  const Partition p = MakePartition(panels, w.rows, w.cols, tile, num_threads);
   run_tasks(p.row_tasks * p.column_tasks, [&](int64_t index) {
     const int64_t first_panel = index % p.row_tasks * p.panels_per_task;
     const int64_t first_column = index / p.row_tasks * p.columns_per_task;

@@ -22,15 +22,65 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-// out [columns][kTileRows] = transposed rows[0..count) from column `first`; zeros in missing rows.
-void PackBlock(const float* const* rows, int64_t count, int64_t first, int64_t columns, float* out) {
-  constexpr auto kRows = static_cast<int64_t>(kTileRows);
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t k = 0; k < columns; ++k) {
-      out[k * kRows + r] = r < count ? rows[r][first + k] : 0.0f;
+#if HWY_TARGET == HWY_SCALAR
+
+// out [columns][kTileRows] = the rows, transposed.
+void PackBlock(const float* const* rows, int64_t columns, float* out) {
+  for (int64_t k = 0; k < columns; ++k) {
+    for (size_t r = 0; r < kTileRows; ++r) *out++ = rows[r][k];
+  }
+}
+
+#else
+
+// Four columns of all rows: pairs of rows are interleaved, then pairs of floats put in order.
+// With 128-bit vectors on every instruction set, because a panel of 6 rows is not a whole number of
+// longer ones.
+HWY_INLINE void PackFourColumns(const float* const* rows, int64_t k, float* out) {
+  const hn::FixedTag<float, 4> d;
+  const hn::FixedTag<double, 2> pair;  // moved only, never computed with
+  constexpr size_t kPairs = kTileRows / 2;
+  using VPair = hn::Vec<decltype(pair)>;
+  HWY_UNROLL(2)
+  for (size_t half = 0; half < 2; ++half) {
+    // [column][pair] of two columns, one after the other.
+    VPair pairs[kPairs];
+    HWY_UNROLL(6)
+    for (size_t p = 0; p < kPairs; ++p) {
+      const auto even = hn::LoadU(d, rows[2 * p] + k);
+      const auto odd = hn::LoadU(d, rows[2 * p + 1] + k);
+      pairs[p] = hn::BitCast(pair, half == 0 ? hn::InterleaveLower(d, even, odd)
+                                             : hn::InterleaveUpper(d, even, odd));
+    }
+    HWY_UNROLL(6)
+    for (size_t i = 0; i < kPairs; ++i) {
+      const size_t first = 2 * i;  // positions of the output among the 2 * kPairs pairs
+      const size_t second = first + 1;
+      VPair v;
+      if (second < kPairs) {
+        v = hn::InterleaveLower(pair, pairs[first], pairs[second]);
+      } else if (first >= kPairs) {
+        v = hn::InterleaveUpper(pair, pairs[first - kPairs], pairs[second - kPairs]);
+      } else {
+        v = hn::OddEven(pairs[0], pairs[first]);
+      }
+      hn::StoreU(hn::BitCast(d, v), d, out + half * 2 * kTileRows + 4 * i);
     }
   }
 }
+
+// out [columns][kTileRows] = the rows, transposed.
+void PackBlock(const float* const* rows, int64_t columns, float* out) {
+  static_assert(kTileRows % 2 == 0);
+  constexpr auto kRows = static_cast<int64_t>(kTileRows);
+  int64_t k = 0;
+  for (; k + 4 <= columns; k += 4) PackFourColumns(rows, k, out + k * kRows);
+  for (; k < columns; ++k) {
+    for (int64_t r = 0; r < kRows; ++r) out[k * kRows + r] = rows[r][k];
+  }
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
 
 // out[i] = silu(gate[i]) * up[i].
 void SwiGluRow(const float* gate, const float* up, int64_t n, float* out) {
@@ -62,20 +112,25 @@ constexpr int64_t kMaxTileRows = 16;
 
 int64_t NumPanels(int64_t rows, int64_t panel_rows) { return (rows + panel_rows - 1) / panel_rows; }
 
-// Calls fill(row, first column, columns) -> pointer to those columns, panel by panel and block by block.
+// Stands for the missing rows of the last panel.
+alignas(64) constexpr float kZeroRow[kBlockColumns] = {};
+
+// Packs one panel. row_block(row, r, first, columns) gives columns [first, first + columns) of a row,
+// the r-th of the panel; what it gives must stay until the next block of columns.
 template <class RowBlock>
 void PackPanel(int64_t panel, int64_t rows, int64_t k, int64_t panel_rows, float* data,
                const RowBlock& row_block) {
   const int64_t panels = NumPanels(rows, panel_rows);
   const int64_t count = std::min(panel_rows, rows - panel * panel_rows);
-  const float* pointers[kMaxTileRows] = {};
+  const float* pointers[kMaxTileRows];
+  std::fill_n(pointers, kMaxTileRows, kZeroRow);
   for (int64_t first = 0; first < k; first += kBlockColumns) {
     const int64_t columns = std::min(kBlockColumns, k - first);
     for (int64_t r = 0; r < count; ++r) {
       pointers[r] = row_block(panel * panel_rows + r, r, first, columns);
     }
     float* out = data + (first * panels + panel * columns) * panel_rows;
-    HWY_DYNAMIC_DISPATCH(PackBlock)(pointers, count, 0, columns, out);
+    HWY_DYNAMIC_DISPATCH(PackBlock)(pointers, columns, out);
   }
 }
 

@@ -13,6 +13,20 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
+// One column of X and of W added to the sums.
+template <size_t kRows>
+HWY_INLINE void TileStep(const float* a, const float* b, VF (&sum0)[kRows], VF (&sum1)[kRows]) {
+  const DF d;
+  const VF b0 = hn::Load(d, b);
+  const VF b1 = hn::Load(d, b + kLanes);
+  HWY_UNROLL(12)
+  for (size_t r = 0; r < kRows; ++r) {
+    const VF x = hn::Set(d, a[r]);
+    sum0[r] = hn::MulAdd(x, b0, sum0[r]);
+    sum1[r] = hn::MulAdd(x, b1, sum1[r]);
+  }
+}
+
 // y[r, :] (+)= sum over the block of a[k, r] * b[k, :] for the first kRows rows of the panel.
 // a [block][kTileRows], b [block][kTileColumns]. Rows are independent chains, so leaving out the
 // padding rows of a panel does not change the others.
@@ -23,16 +37,25 @@ HWY_INLINE void TileRows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT 
   VF sum0[kRows];
   VF sum1[kRows];
   HWY_UNROLL(12)
-  for (size_t r = 0; r < kRows; ++r) sum0[r] = sum1[r] = hn::Zero(d);
-  for (int64_t k = 0; k < block; ++k) {
-    const VF b0 = hn::Load(d, b);
-    const VF b1 = hn::Load(d, b + kLanes);
-    HWY_UNROLL(12)
-    for (size_t r = 0; r < kRows; ++r) {
-      const VF x = hn::Set(d, a[r]);
-      sum0[r] = hn::MulAdd(x, b0, sum0[r]);
-      sum1[r] = hn::MulAdd(x, b1, sum1[r]);
+  for (size_t r = 0; r < kRows; ++r) {
+    sum0[r] = sum1[r] = hn::Zero(d);
+    // Y is needed only after the whole block: the loads run ahead of it. A and W come in order,
+    // which the hardware prefetches by itself.
+    const float* row = y + static_cast<int64_t>(r) * ld_y;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + kTileColumns - 1);
+  }
+  int64_t k = 0;
+  for (; k + 4 <= block; k += 4) {
+    HWY_UNROLL(4)
+    for (size_t u = 0; u < 4; ++u) {
+      TileStep<kRows>(a + u * kTileRows, b + u * kTileColumns, sum0, sum1);
     }
+    a += 4 * kTileRows;
+    b += 4 * kTileColumns;
+  }
+  for (; k < block; ++k) {
+    TileStep<kRows>(a, b, sum0, sum1);
     a += kTileRows;
     b += kTileColumns;
   }

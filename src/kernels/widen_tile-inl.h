@@ -10,44 +10,38 @@
 #include <algorithm>
 
 #include "kernels/simd-inl.h"
+#include "kernels/tile_shape.h"     // kBlockColumns
 #include "kernels/weight_matrix.h"  // WeightMatrix
 
 HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-// Columns [first, end) of the tile one element at a time: ends of rows, and everything on "scalar".
+#if HWY_TARGET == HWY_SCALAR
+
+// out [columns][kTileColumns] = the rows, widened and transposed.
 template <Dtype kDtype>
-HWY_INLINE void WidenTileColumns(const std::byte* const* rows, int64_t first, int64_t end,
-                                 float* out) {
-  for (size_t r = 0; r < kTileColumns; ++r) {
-    for (int64_t c = first; c < end; ++c) {
-      out[static_cast<size_t>(c) * kTileColumns + r] =
-          LoadAsFloat(kDtype, rows[r], static_cast<size_t>(c));
+HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* out) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (size_t r = 0; r < kTileColumns; ++r) {
+      *out++ = LoadAsFloat(kDtype, rows[r], static_cast<size_t>(c));
     }
   }
 }
 
-#if HWY_TARGET == HWY_SCALAR
-
-template <Dtype kDtype>
-HWY_INLINE int64_t WidenTileBlocks(const std::byte* const*, int64_t, float*) {
-  return 0;
-}
-
 #else
 
-// 16 bytes from each of the pointers, one per 128-bit block of the vector.
+// A vector of 16-byte blocks, `stride` bytes apart in memory.
 template <class D>
-HWY_INLINE hn::Vec<D> LoadBlocks(D d, const std::byte* const* rows, size_t stride, size_t offset) {
+HWY_INLINE hn::Vec<D> LoadBlocks(D d, const std::byte* from, size_t stride) {
   using T = hn::TFromD<D>;
-  if constexpr (hn::MaxLanes(D()) * sizeof(T) == 16) {
-    return hn::LoadU(d, As<T>(rows[0] + offset));
+  constexpr size_t kBlocks = hn::MaxLanes(D()) * sizeof(T) / 16;
+  if constexpr (kBlocks == 1) {
+    return hn::LoadU(d, As<T>(from));
   } else {
     const hn::Half<D> half;
-    constexpr size_t kHalfBlocks = hn::MaxLanes(D()) * sizeof(T) / 32;
-    return hn::Combine(d, LoadBlocks(half, rows + kHalfBlocks * stride, stride, offset),
-                       LoadBlocks(half, rows, stride, offset));
+    return hn::Combine(d, LoadBlocks(half, from + kBlocks / 2 * stride, stride),
+                       LoadBlocks(half, from, stride));
   }
 }
 
@@ -65,73 +59,94 @@ HWY_INLINE void Shuffle(D d, V (&v)[kCount]) {
   for (size_t i = 0; i < kCount; ++i) v[i] = out[i];
 }
 
-// Whole groups of 4 (f32) or 8 (bf16, f16) columns; returns how many columns are done.
-template <Dtype kDtype>
-HWY_INLINE int64_t WidenTileBlocks(const std::byte* const* rows, int64_t columns, float* out) {
+// f32: transpositions of 4x4, a half of the tile at a time; block b of a vector holds rows 4b..4b+3.
+// `rows` [kTileColumns] with a constant stride; writes whole groups of 4 columns.
+HWY_INLINE void TransposeF32(const std::byte* rows, size_t stride, size_t columns, float* out) {
   const DF d;
-  constexpr size_t kBlocks = kLanes / 4;  // 128-bit blocks of a vector
+  for (size_t c = 0; c < columns; c += 4) {
+    HWY_UNROLL(2)
+    for (size_t half = 0; half < 2; ++half) {
+      VF v[4];
+      HWY_UNROLL(4)
+      for (size_t r = 0; r < 4; ++r) {
+        v[r] = LoadBlocks(d, rows + (half * kLanes + r) * stride + c * 4, 4 * stride);
+      }
+      Shuffle(d, v);
+      Shuffle(d, v);
+      HWY_UNROLL(4)
+      for (size_t r = 0; r < 4; ++r) {
+        hn::Store(v[r], d, out + (c + r) * kTileColumns + half * kLanes);
+      }
+    }
+  }
+}
+
+// bf16 and f16: transpositions of 8x8 in 16-bit lanes, then widening. bf16 is widened by interleaving
+// with zeros inside blocks, so block b must hold rows 4b..4b+3 of both halves of the tile. f16 is
+// widened by an instruction that takes half a vector in order, so block b holds rows 8b..8b+7.
+// Writes whole groups of 8 columns.
+template <Dtype kDtype>
+HWY_INLINE void Transpose16(const std::byte* rows, size_t stride, size_t columns, float* out) {
+  const DF d;
+  const hn::Repartition<uint16_t, DF> d16;
+  using V16 = hn::Vec<decltype(d16)>;
+  constexpr bool kIsF16 = kDtype == Dtype::kF16;
+  for (size_t c = 0; c < columns; c += 8) {
+    V16 v[8];
+    HWY_UNROLL(8)
+    for (size_t r = 0; r < 8; ++r) {
+      const size_t row = kIsF16 ? r : r % 4 + r / 4 * kLanes;
+      v[r] = LoadBlocks(d16, rows + row * stride + c * 2, (kIsF16 ? 8 : 4) * stride);
+    }
+    Shuffle(d16, v);
+    Shuffle(d16, v);
+    Shuffle(d16, v);
+    HWY_UNROLL(8)
+    for (size_t r = 0; r < 8; ++r) {
+      float* to = out + (c + r) * kTileColumns;
+      if constexpr (kIsF16) {
+        const hn::Half<decltype(d16)> half16;
+        const hn::Rebind<hwy::float16_t, DF> df16;
+        const auto lower = hn::BitCast(df16, hn::LowerHalf(half16, v[r]));
+        const auto upper = hn::BitCast(df16, hn::UpperHalf(half16, v[r]));
+        hn::Store(hn::PromoteTo(d, lower), d, to);
+        hn::Store(hn::PromoteTo(d, upper), d, to + kLanes);
+      } else {
+        const V16 zero = hn::Zero(d16);
+        hn::Store(hn::BitCast(d, hn::InterleaveLower(d16, zero, v[r])), d, to);
+        hn::Store(hn::BitCast(d, hn::InterleaveUpper(d16, zero, v[r])), d, to + kLanes);
+      }
+    }
+  }
+}
+
+// out [columns][kTileColumns] = the rows, widened and transposed. They are first copied side by
+// side: rows of a power-of-two length all fall into one set of the L1 cache and would push each other
+// out between two groups of columns. The copy also makes room to read whole groups at the end of a
+// row, so up to 7 columns more than asked for are written (kBlockColumns is a multiple of 8).
+template <Dtype kDtype>
+HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* out) {
+  constexpr size_t kElement = kElementBytes<kDtype>;
+  constexpr size_t kStride = kBlockColumns * kElement + 64;  // consecutive rows in different sets
+  HWY_ALIGN std::byte staged[kTileColumns * kStride];
+  const size_t bytes = static_cast<size_t>(columns) * kElement;
+  const hn::Repartition<uint8_t, DF> d8;
+  for (size_t r = 0; r < kTileColumns; ++r) {
+    const auto* from = As<uint8_t>(rows[r]);
+    auto* to = static_cast<uint8_t*>(static_cast<void*>(staged + r * kStride));
+    size_t i = 0;
+    for (; i + HWY_MAX_BYTES <= bytes; i += HWY_MAX_BYTES) {
+      hn::Store(hn::LoadU(d8, from + i), d8, to + i);
+    }
+    if (i < bytes) {
+      hn::Store(hn::Zero(d8), d8, to + i);
+      std::memcpy(to + i, from + i, bytes - i);
+    }
+  }
   if constexpr (kDtype == Dtype::kF32) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const size_t offset = static_cast<size_t>(c) * 4;
-      HWY_UNROLL(2)
-      for (size_t half = 0; half < 2; ++half) {
-        VF v[4];
-        HWY_UNROLL(4)
-        for (size_t r = 0; r < 4; ++r) {
-          v[r] = LoadBlocks(d, rows + half * kLanes + r, 4, offset);
-        }
-        Shuffle(d, v);
-        Shuffle(d, v);
-        HWY_UNROLL(4)
-        for (size_t r = 0; r < 4; ++r) {
-          hn::Store(v[r], d, out + (static_cast<size_t>(c) + r) * kTileColumns + half * kLanes);
-        }
-      }
-    }
-    return c;
+    TransposeF32(staged, kStride, static_cast<size_t>(columns), out);
   } else {
-    // 8x8 transpositions of 16-bit lanes, one per block.
-    const hn::Repartition<uint16_t, DF> d16;
-    using V16 = hn::Vec<decltype(d16)>;
-    // bf16 is widened by interleaving with zeros inside blocks, so block b holds W's rows
-    // 4b..4b+3 of both halves of the tile. f16 is widened by an instruction that takes a half
-    // vector in order, so block b holds rows 8b..8b+7.
-    const std::byte* ordered[kTileColumns];
-    for (size_t b = 0; b < kBlocks; ++b) {
-      for (size_t r = 0; r < 8; ++r) {
-        const size_t row = kDtype == Dtype::kF16 ? 8 * b + r : 4 * b + r % 4 + r / 4 * kLanes;
-        ordered[8 * b + r] = rows[row];
-      }
-    }
-    int64_t c = 0;
-    for (; c + 8 <= columns; c += 8) {
-      V16 v[8];
-      HWY_UNROLL(8)
-      for (size_t r = 0; r < 8; ++r) {
-        v[r] = LoadBlocks(d16, ordered + r, 8, static_cast<size_t>(c) * 2);
-      }
-      Shuffle(d16, v);
-      Shuffle(d16, v);
-      Shuffle(d16, v);
-      HWY_UNROLL(8)
-      for (size_t r = 0; r < 8; ++r) {
-        float* to = out + (static_cast<size_t>(c) + r) * kTileColumns;
-        if constexpr (kDtype == Dtype::kBF16) {
-          const V16 zero = hn::Zero(d16);
-          hn::Store(hn::BitCast(d, hn::InterleaveLower(d16, zero, v[r])), d, to);
-          hn::Store(hn::BitCast(d, hn::InterleaveUpper(d16, zero, v[r])), d, to + kLanes);
-        } else {
-          const hn::Half<decltype(d16)> half16;
-          const hn::Rebind<hwy::float16_t, DF> df16;
-          const auto lower = hn::BitCast(df16, hn::LowerHalf(half16, v[r]));
-          const auto upper = hn::BitCast(df16, hn::UpperHalf(half16, v[r]));
-          hn::Store(hn::PromoteTo(d, lower), d, to);
-          hn::Store(hn::PromoteTo(d, upper), d, to + kLanes);
-        }
-      }
-    }
-    return c;
+    Transpose16<kDtype>(staged, kStride, static_cast<size_t>(columns), out);
   }
 }
 
@@ -139,11 +154,10 @@ HWY_INLINE int64_t WidenTileBlocks(const std::byte* const* rows, int64_t columns
 
 template <Dtype kDtype>
 HWY_NOINLINE void WidenTileAs(const std::byte* const* rows, int64_t columns, float* out) {
-  const int64_t done = WidenTileBlocks<kDtype>(rows, columns, out);
-  WidenTileColumns<kDtype>(rows, done, columns, out);
+  WidenRows<kDtype>(rows, columns, out);
 }
 
-// out [columns][kTileColumns] = W rows [first_row, first_row + kTileColumns), columns
+// out [kBlockColumns][kTileColumns]: its first `columns` rows = W rows [first_row, first_row + kTileColumns), columns
 // [first_column, first_column + columns). Rows past the end of W repeat the last one.
 HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
                           int64_t columns, float* out) {
