@@ -3,7 +3,7 @@
 
 Reads scripts/include_rules.txt: a folder of src/ (or cli) and the folders it may include. Checks:
   - every `#include "folder/file.h"` exists and stays within the folder's row; the rows have no cycle
-  - only kernels/*.cc includes Highway or oneDNN, only base/json.h includes nlohmann
+  - only kernels/*.cc (through kernels/*-inl.h) includes Highway or oneDNN, only base/json.h nlohmann
   - nothing but cli/ (and tests, benches, fuzz targets, tools) prints or exits
   - relative links in *.md lead to a file, and to a heading where they name one
 Prints each fault as `file:line: what` and exits 1 if there is any.
@@ -16,7 +16,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 PRINTS = re.compile(
-    r"\bstd::(cout|cerr|clog)\b|(?<![\w:.>])(?:std::)?(?:v?printf|v?fprintf|puts|fputs|putchar|perror)\s*\("
+    r"\bstd::(cout|cerr|clog)\b|(?<![\w:.>])(?:std::)?(?:v?printf|v?fprintf|puts|fputs|putchar|perror)\s*\(|\b(?:stdout|stderr)\b"
     r"|\bfmt::print(?:ln)?\s*\(|#\s*include\s*<(?:iostream|fmt/color\.h)>")
 EXITS = re.compile(r"(?<![\w:.>])(?:std::)?(?:exit|_exit|_Exit|quick_exit|abort|terminate)\s*\(")
 # A test may print and a fuzz target may abort: they are programs of their own.
@@ -62,15 +62,20 @@ def check_file(path, folder, rules):
             continue
         quote, target = match.groups()
         if target.startswith("hwy/") or re.match(r"(oneapi/)?dnnl", target):
-            if folder != "kernels" or not path.endswith(".cc"):
+            # Highway's own habit: *-inl.h holds vector code that each kernels/*.cc compiles per target.
+            if folder != "kernels" or not path.endswith((".cc", "-inl.h")):
                 fault(path, number, f"{target}: only kernels/*.cc may include Highway or oneDNN")
         elif target.startswith("nlohmann/"):
             if name != "base/json.h":
                 fault(path, number, f"{target}: include base/json.h instead")
         elif quote == '"':
             if "/" not in target:
-                fault(path, number, f'"{target}": write includes from src/, as "folder/file.h"')
+                # Programs of their own (cli/) see their own folder; the library is written from src/.
+                if folder != "cli" or not os.path.exists(os.path.join(os.path.dirname(path), target)):
+                    fault(path, number, f'"{target}": write includes from src/, as "folder/file.h"')
                 continue
+            if target.endswith("-inl.h") and not (folder == "kernels" and path.endswith((".cc", "-inl.h"))):
+                fault(path, number, f'"{target}": only kernels/*.cc may include vector code')
             other = target.split("/")[0]
             home = ROOT if other == "cli" else os.path.join(ROOT, "src")
             if not os.path.exists(os.path.join(home, target)):

@@ -17,13 +17,14 @@ data=$(cd "$data" && pwd)
 cd "$ROOT"
 python=$ROOT/build/venv/bin/python
 
-# install_python MODULE... -- PIP ARGUMENT...: once; asks the interpreter, not pip.
+# install_python MODULE...: once; asks the interpreter, not pip.
 install_python() {
-  local modules=()
-  while [ "$1" != -- ]; do modules+=("$1") && shift; done
-  shift
-  [ -x "$python" ] || python3 -m venv "$ROOT/build/venv"
-  "$python" -c "import $(IFS=, && echo "${modules[*]}")" 2>/dev/null || "$python" -m pip install -q "$@"
+  [ -x "$python" ] || python3 -m venv "$ROOT/build/venv" || return
+  ! "$python" -c "import $(IFS=, && echo "$*")" 2>/dev/null || return 0
+  # torch for the CPU alone; the one on PyPI brings 2 GB of GPU libraries and is the second choice.
+  [[ " $* " != *" torch "* ]] || "$python" -m pip install -q --retries 0 torch \
+    --index-url https://download.pytorch.org/whl/cpu || true
+  "$python" -m pip install -q "$@"
 }
 
 rows=() failed=0
@@ -58,7 +59,7 @@ need build test
 [ -x "$python" ] || need verify
 configure release
 build release
-step "python environment" install_python numpy safetensors -- numpy safetensors
+step "python environment" install_python numpy safetensors
 
 c=$data/checks
 check "golden checkpoints" "$golden_worst" "$python" "$c/golden.py" "$WINNOW" "$data/golden/models" \
@@ -70,9 +71,7 @@ check "NAEE tiny" "$share_worst" "$python" "$c/naee.py" "$WINNOW" "$data/referen
 check "NAEE sample" "$share_worst" "$python" "$c/naee.py" "$WINNOW" "$data/models/sample-mixtral" \
   "$data/reference/methods/naee-sample"
 if [ -n "$with_transformers" ]; then
-  # The CPU build: the one on PyPI brings 2 GB of GPU libraries.
-  step "torch and transformers" install_python torch transformers -- \
-    torch transformers --extra-index-url https://download.pytorch.org/whl/cpu
+  step "torch and transformers" install_python torch transformers
   check "transformers" "$logits_worst" "$python" tools/roundtrip_transformers.py --winnow "$WINNOW"
 fi
 if [ $failed = 0 ]; then echo "verify: all agree"; else echo "verify: something differs (logs in build/logs)"; fi
