@@ -123,12 +123,13 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Partition MakePartition(int64_t panels, int64_t n, int64_t k, const TileShape& tile,
                         int num_threads) {
-  // Sizes for an L2 cache of 512 KiB, the smallest of the CPUs with AVX2 that servers use: one block
-  // of a task's panels stays there while the task's rows of W pass, and so does the part of Y that
-  // comes back with every block of columns.
+  // One block of a task's panels stays in an L2 cache of 512 KiB (Zen 2 and 3) while the task's rows
+  // of W pass; more rows of W read the panels less often from L3. The part of Y a task comes back to
+  // with every block of columns is fetched ahead and may live in L3: measured on Zen 3, 160 KiB of Y
+  // gives 85 % of the FMA peak with k = 4096 and 640 KiB 90 %.
   constexpr int64_t kFloat = sizeof(float);
   constexpr int64_t kMaxPanelBytes = 384 << 10;
-  constexpr int64_t kMaxYBytes = 160 << 10;
+  constexpr int64_t kMaxYBytes = 640 << 10;
   constexpr int64_t kTasksPerThread = 4;
   const int64_t panel_bytes = std::min(k, kBlockColumns) * tile.rows * kFloat;
   const int64_t wanted = num_threads == 1 ? 1 : num_threads * kTasksPerThread;
