@@ -1,0 +1,126 @@
+#include "text/document_blocks.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <unordered_map>
+#include <utility>
+
+#include "base/error.h"
+#include "base/units.h"
+
+namespace winnow {
+namespace {
+
+// As in NAEE's data/build.py: documents are tokenised in groups of 1,000 (the default batch of
+// datasets.map) and each group's rest that fills no block is dropped.
+constexpr int64_t kGroupDocuments = 1000;
+constexpr int64_t kDocumentsPerBlock = 16;
+
+// Bytes of each document, in the file's order.
+std::vector<uint32_t> DocumentBytes(const TextSource& source, const std::string& field) {
+  std::vector<uint32_t> bytes;
+  ReadDocuments(source, field, [&](const std::string& document) {
+    bytes.push_back(static_cast<uint32_t>(document.size()));  // at most 1 GiB
+    return true;
+  });
+  return bytes;
+}
+
+// The documents of the given numbers, in that order.
+std::vector<std::string> CollectDocuments(const TextSource& source, const std::string& field,
+                                          std::span<const int64_t> numbers) {
+  std::unordered_map<int64_t, size_t> wanted;
+  for (size_t i = 0; i < numbers.size(); ++i) wanted.emplace(numbers[i], i);
+  std::vector<std::string> documents(numbers.size());
+  int64_t number = 0;
+  ReadDocuments(source, field, [&](std::string document) {
+    const auto found = wanted.find(number++);
+    if (found != wanted.end()) {
+      documents[found->second] = std::move(document);
+      wanted.erase(found);
+    }
+    return !wanted.empty();
+  });
+  if (!wanted.empty()) {
+    throw RuntimeError(fmt::format("{}: changed while it was being read", source.path.string()));
+  }
+  return documents;
+}
+
+}  // namespace
+
+TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunction& encode,
+                                   const BlockOptions& options) {
+  const std::vector<uint32_t> bytes = DocumentBytes(source, options.field);
+  const auto num_documents = static_cast<int64_t>(bytes.size());
+  std::vector<int64_t> order = NumpyPermutation(options.seed, num_documents);
+  if (options.num_blocks < num_documents / kDocumentsPerBlock) {
+    order.resize(static_cast<size_t>(options.num_blocks * kDocumentsPerBlock));
+    order.shrink_to_fit();
+  }
+
+  TokenSequences result;
+  result.offsets.push_back(0);
+  std::vector<int32_t> pending;
+  size_t next = 0;
+  // Only the first of the chosen documents are usually needed. They are fetched in rounds of about
+  // the text that the missing blocks take, so that memory follows the result, not the source.
+  while (result.size() < options.num_blocks && next < order.size()) {
+    constexpr double kBytesPerToken = 6;  // more than usual, so that one round is usually enough
+    const double missing = static_cast<double>(options.num_blocks - result.size()) *
+                           static_cast<double>(options.block_tokens) * kBytesPerToken;
+    size_t end = next;
+    for (double round_bytes = 0; end < order.size() && round_bytes < missing; ++end) {
+      round_bytes += bytes[static_cast<size_t>(order[end])];
+    }
+    const std::vector<std::string> documents =
+        CollectDocuments(source, options.field, std::span(order).subspan(next, end - next));
+    for (const std::string& document : documents) {
+      if (result.size() == options.num_blocks) break;
+      if (next % kGroupDocuments == 0) pending.clear();
+      ++next;
+      const std::vector<int32_t> ids = encode(document);
+      pending.insert(pending.end(), ids.begin(), ids.end());
+      const int64_t whole = std::min(static_cast<int64_t>(pending.size()) / options.block_tokens,
+                                     options.num_blocks - result.size());
+      for (int64_t block = 0; block < whole; ++block) {
+        result.offsets.push_back(result.offsets.back() + options.block_tokens);
+      }
+      const auto used = pending.begin() + whole * options.block_tokens;
+      result.ids.insert(result.ids.end(), pending.begin(), used);
+      pending.erase(pending.begin(), used);
+    }
+  }
+  if (result.size() < options.num_blocks) {
+    throw UsageError(
+        fmt::format("{}: {} documents give {} blocks of {} tokens, {} are wanted",
+                    source.path.string(), FormatCount(static_cast<uint64_t>(order.size())),
+                    result.size(), options.block_tokens, options.num_blocks),
+        "ask for fewer or shorter blocks, or give more text");
+  }
+  return result;
+}
+
+std::vector<int64_t> DivideByShares(int64_t num_blocks, const std::vector<double>& shares) {
+  const double total = std::accumulate(shares.begin(), shares.end(), 0.0);
+  std::vector<int64_t> parts(shares.size());
+  std::vector<double> fractions(shares.size());
+  int64_t left = num_blocks;
+  for (size_t i = 0; i < shares.size(); ++i) {
+    const double exact = static_cast<double>(num_blocks) * (shares[i] / total);
+    parts[i] = static_cast<int64_t>(std::floor(exact));
+    fractions[i] = exact - std::floor(exact);
+    left -= parts[i];
+  }
+  std::vector<size_t> by_fraction(shares.size());
+  std::iota(by_fraction.begin(), by_fraction.end(), size_t{0});
+  std::stable_sort(by_fraction.begin(), by_fraction.end(),
+                   [&](size_t a, size_t b) { return fractions[a] > fractions[b]; });
+  for (size_t i = 0; left > 0; i = (i + 1) % by_fraction.size(), --left) ++parts[by_fraction[i]];
+  return parts;
+}
+
+}  // namespace winnow

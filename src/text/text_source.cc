@@ -1,0 +1,243 @@
+#include "text/text_source.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "base/units.h"
+#include "text/byte_reader.h"
+#include "text/utf8.h"
+
+namespace winnow {
+namespace {
+
+constexpr std::string_view kSeparator = "<|endoftext|>";
+constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
+constexpr size_t kBufferBytes = size_t{1} << 20;
+// A document is held whole; without separators a text is one document.
+constexpr size_t kMaxDocumentBytes = size_t{1} << 30;
+constexpr size_t kMaxJsonLineBytes = size_t{64} << 20;
+
+enum class TextKind { kText, kJsonLines, kTokenIds, kUnknown };
+
+struct FileKind {
+  TextKind kind = TextKind::kUnknown;
+  std::string stem;  // without folder and suffixes
+};
+
+FileKind KindOf(const fs::path& path) {
+  std::string name = path.filename().string();
+  const std::string_view compression = CompressionSuffix(name);
+  const bool is_packed = !compression.empty();
+  name.resize(name.size() - compression.size());
+  const auto is = [&](std::string_view suffix) {
+    return name.ends_with(suffix) && name.size() > suffix.size();
+  };
+  FileKind result;
+  size_t suffix_bytes = 0;
+  if (is(".txt")) {
+    result.kind = TextKind::kText;
+    suffix_bytes = 4;
+  } else if (is(".jsonl")) {
+    result.kind = TextKind::kJsonLines;
+    suffix_bytes = 6;
+  } else if (is(".safetensors") && !is_packed) {
+    result.kind = TextKind::kTokenIds;
+    suffix_bytes = 12;
+  }
+  result.stem = name.substr(0, name.size() - suffix_bytes);
+  return result;
+}
+
+// Lines of a file, each with its newline; the last one may have none.
+class LineReader {
+ public:
+  explicit LineReader(const fs::path& path)
+      : reader_(OpenByteReader(path)), buffer_(kBufferBytes) {}
+
+  // Appends the next line to `line`; false at the end of the file. Stops in the middle of a line
+  // when `line` has reached `limit` bytes.
+  bool Append(std::string& line, size_t limit) {
+    bool appended = false;
+    while (line.size() < limit) {
+      if (begin_ == end_) {
+        begin_ = 0;
+        end_ = reader_->Read(buffer_);
+        if (end_ == 0) return appended;
+      }
+      const char* start = buffer_.data() + begin_;
+      const size_t available = std::min(end_ - begin_, limit - line.size());
+      const void* newline = std::memchr(start, '\n', available);
+      const size_t bytes = newline == nullptr
+                               ? available
+                               : static_cast<size_t>(static_cast<const char*>(newline) - start) + 1;
+      line.append(start, bytes);
+      begin_ += bytes;
+      offset_ += bytes;
+      appended = true;
+      if (newline != nullptr) break;
+    }
+    return appended;
+  }
+  // Bytes handed out so far, counted in the unpacked text.
+  uint64_t offset() const { return offset_; }
+
+ private:
+  std::unique_ptr<ByteReader> reader_;
+  std::vector<char> buffer_;
+  size_t begin_ = 0;
+  size_t end_ = 0;
+  uint64_t offset_ = 0;
+};
+
+void CheckUtf8(const fs::path& path, std::string_view text, uint64_t offset) {
+  const std::optional<size_t> invalid = FirstInvalidUtf8(text);
+  if (!invalid) return;
+  throw ModelError(fmt::format("{}: not UTF-8: byte 0x{:02x} at byte {} of the text", path.string(),
+                               static_cast<unsigned char>(text[*invalid]), offset + *invalid),
+                   "convert the text to UTF-8, for example with iconv -f WINDOWS-1252 -t UTF-8");
+}
+
+[[noreturn]] void ThrowTooLong(const fs::path& path, std::string_view what, size_t limit,
+                               uint64_t offset, std::string_view hint) {
+  throw ModelError(fmt::format("{}: {} that begins at byte {} of the text is larger than {}",
+                               path.string(), what, offset, FormatBytes(limit)),
+                   std::string(hint));
+}
+
+void ReadText(const fs::path& path, const std::function<bool(std::string)>& on_document) {
+  LineReader lines(path);
+  std::string document;
+  uint64_t document_offset = 0;
+  bool more = true;
+  while (more) {
+    const size_t line_start = document.size();
+    more = lines.Append(document, kMaxDocumentBytes);
+    if (document.size() >= kMaxDocumentBytes) {
+      ThrowTooLong(path, "a document", kMaxDocumentBytes, document_offset,
+                   "put a line <|endoftext|> between documents");
+    }
+    if (line_start == 0 && document_offset == 0 && document.starts_with(kByteOrderMark)) {
+      document.erase(0, kByteOrderMark.size());
+      document_offset = kByteOrderMark.size();
+    }
+    std::string_view line = std::string_view(document).substr(line_start);
+    if (line.ends_with('\n')) line.remove_suffix(1);
+    const bool is_separator = line == kSeparator;
+    if (more && !is_separator) continue;
+    if (is_separator) document.resize(line_start);
+    if (document.ends_with('\n')) document.pop_back();
+    CheckUtf8(path, document, document_offset);
+    if (!document.empty() && !on_document(std::move(document))) return;
+    document.clear();
+    document_offset = lines.offset();
+  }
+}
+
+// "no key "content", the line has "text", "meta"" and, if one key is likely meant, a hint.
+[[noreturn]] void ThrowMissingField(const std::string& where, const std::string& field,
+                                    const Json& line) {
+  std::vector<std::string> keys;
+  std::string likely;
+  size_t num_strings = 0;
+  for (const auto& [key, value] : line.items()) {
+    const std::string quoted = DumpJson(Json(key.substr(0, 60)));
+    if (keys.size() < 10) keys.push_back(quoted);
+    if (!value.is_string()) continue;
+    ++num_strings;
+    if (num_strings == 1 || key == "text" || key == "content") likely = quoted;
+  }
+  const bool is_clear = num_strings == 1 || likely == "\"text\"" || likely == "\"content\"";
+  throw ModelError(fmt::format("{}: no key {}, the line has {}", where, DumpJson(Json(field)),
+                               keys.empty() ? "none" : fmt::format("{}", fmt::join(keys, ", "))),
+                   is_clear ? fmt::format("did you mean the key {}?", likely)
+                            : "name the key that holds the text");
+}
+
+void ReadJsonLines(const fs::path& path, const std::string& field,
+                   const std::function<bool(std::string)>& on_document) {
+  LineReader lines(path);
+  std::string line;
+  for (uint64_t number = 1;; ++number) {
+    const uint64_t offset = lines.offset();
+    line.clear();
+    if (!lines.Append(line, kMaxJsonLineBytes)) return;
+    if (line.size() >= kMaxJsonLineBytes) {
+      ThrowTooLong(path, "a line", kMaxJsonLineBytes, offset,
+                   "a .jsonl file has one object a line");
+    }
+    CheckUtf8(path, line, offset);
+    std::string_view text = line;
+    if (number == 1 && text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
+    if (text.find_first_not_of(" \t\r\n") == std::string_view::npos) continue;
+    const std::string where = fmt::format("{}: line {}", path.string(), number);
+    Json object = ParseJson(text, where);
+    if (!object.is_object()) {
+      throw ModelError(fmt::format("{}: expected an object, got {}", where, object.type_name()),
+                       "a .jsonl file has one object a line");
+    }
+    const auto found = object.find(field);
+    if (found == object.end()) ThrowMissingField(where, field, object);
+    if (!found->is_string()) {
+      throw ModelError(fmt::format("{}: key {} is {}, expected a string", where,
+                                   DumpJson(Json(field)), found->type_name()));
+    }
+    std::string& document = found->get_ref<std::string&>();
+    if (!document.empty() && !on_document(std::move(document))) return;
+  }
+}
+
+}  // namespace
+
+TextSource ParseTextSource(const std::string& argument) {
+  TextSource source;
+  source.path = argument;
+  std::error_code ignored;
+  const size_t colon = argument.rfind(':');
+  const bool has_share = colon != std::string::npos &&
+                         argument.find('/', colon) == std::string::npos &&
+                         !fs::exists(source.path, ignored);
+  if (has_share) {
+    const char* begin = argument.data() + colon + 1;
+    const char* end = argument.data() + argument.size();
+    const auto [last, error] = std::from_chars(begin, end, source.share);
+    if (error != std::errc() || last != end || !std::isfinite(source.share) || source.share <= 0) {
+      throw UsageError(
+          fmt::format("{}: the share after the colon is \"{}\", expected a positive number",
+                      argument, argument.substr(colon + 1)),
+          "for example prose.txt.xz:2");
+    }
+    source.path = argument.substr(0, colon);
+  }
+  const FileKind kind = KindOf(source.path);
+  if (kind.kind == TextKind::kUnknown) {
+    throw UsageError(
+        fmt::format("{}: unknown kind of text", source.path.string()),
+        "expected .txt or .jsonl (also with .xz, .zst or .gz behind it), or .safetensors "
+        "with token ids");
+  }
+  source.name = kind.stem;
+  source.is_token_ids = kind.kind == TextKind::kTokenIds;
+  return source;
+}
+
+void ReadDocuments(const TextSource& source, const std::string& field,
+                   const std::function<bool(std::string document)>& on_document) {
+  switch (KindOf(source.path).kind) {
+    case TextKind::kText:
+      return ReadText(source.path, on_document);
+    case TextKind::kJsonLines:
+      return ReadJsonLines(source.path, field, on_document);
+    default:
+      throw UsageError(fmt::format("{}: not a file of documents", source.path.string()),
+                       "expected .txt or .jsonl, also with .xz, .zst or .gz behind it");
+  }
+}
+
+}  // namespace winnow

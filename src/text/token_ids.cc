@@ -1,0 +1,99 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+
+#include "base/error.h"
+#include "checkpoint/safetensors_file.h"
+#include "text/text_source.h"
+
+namespace winnow {
+namespace {
+
+constexpr char kIds[] = "input_ids";
+constexpr char kOffsets[] = "offsets";
+constexpr char kHint[] = "expected input_ids I32 or I64 [n, T], or [N] with offsets [n + 1]";
+
+// Calls body(position, value) for each integer, a buffer at a time.
+template <class Body>
+void ForEachInteger(const SafetensorsFile& file, const TensorInfo& tensor, Body body) {
+  if (tensor.dtype != Dtype::kI32 && tensor.dtype != Dtype::kI64) {
+    throw ModelError(fmt::format("{}: tensor {} is {}, expected I32 or I64", file.path().string(),
+                                 tensor.name, tensor.Describe()),
+                     kHint);
+  }
+  const size_t width = tensor.dtype == Dtype::kI32 ? 4 : 8;
+  std::vector<std::byte> buffer(size_t{64} << 10);
+  int64_t position = 0;
+  for (uint64_t offset = 0; offset < tensor.bytes; offset += buffer.size()) {
+    const auto part = std::span(buffer).first(
+        static_cast<size_t>(std::min<uint64_t>(buffer.size(), tensor.bytes - offset)));
+    file.ReadPart(tensor, offset, part);
+    for (size_t i = 0; i < part.size(); i += width, ++position) {
+      int32_t narrow = 0;
+      int64_t wide = 0;
+      if (width == 4) {
+        std::memcpy(&narrow, part.data() + i, 4);
+        wide = narrow;
+      } else {
+        std::memcpy(&wide, part.data() + i, 8);
+      }
+      body(position, wide);
+    }
+  }
+}
+
+}  // namespace
+
+TokenSequences ReadTokenIds(const fs::path& path) {
+  const SafetensorsFile file = SafetensorsFile::Open(path);
+  const std::string where = path.string();
+  const TensorInfo* ids = file.Find(kIds);
+  if (ids == nullptr) {
+    throw ModelError(fmt::format("{}: no tensor {}", where, kIds), kHint);
+  }
+  const TensorInfo* offsets = file.Find(kOffsets);
+  if (ids->shape.size() != (offsets == nullptr ? 2u : 1u)) {
+    throw ModelError(fmt::format("{}: {} is {} {} offsets", where, kIds, ids->Describe(),
+                                 offsets == nullptr ? "without" : "with"),
+                     kHint);
+  }
+  const auto count = static_cast<int64_t>(ids->bytes * 8 / DtypeBits(ids->dtype));
+  if (count == 0) throw ModelError(fmt::format("{}: {} is empty", where, kIds), kHint);
+
+  TokenSequences result;
+  result.ids.reserve(static_cast<size_t>(count));
+  ForEachInteger(file, *ids, [&](int64_t position, int64_t id) {
+    if (id < 0 || id > std::numeric_limits<int32_t>::max()) {
+      throw ModelError(fmt::format("{}: {}[{}] is {}, no token id", where, kIds, position, id));
+    }
+    result.ids.push_back(static_cast<int32_t>(id));
+  });
+  if (offsets == nullptr) {
+    const auto row = static_cast<int64_t>(ids->shape[1]);
+    for (int64_t offset = 0; offset <= count; offset += row) result.offsets.push_back(offset);
+    return result;
+  }
+  if (offsets->shape.size() != 1 || offsets->shape[0] < 2) {
+    throw ModelError(
+        fmt::format("{}: {} is {}, expected [n + 1]", where, kOffsets, offsets->Describe()), kHint);
+  }
+  ForEachInteger(file, *offsets, [&](int64_t position, int64_t offset) {
+    const bool rises = position == 0 ? offset == 0 : offset > result.offsets.back();
+    if (!rises || offset > count) {
+      throw ModelError(
+          fmt::format("{}: {}[{}] is {}, expected a rise from 0 to {} without empty rows", where,
+                      kOffsets, position, offset, count));
+    }
+    result.offsets.push_back(offset);
+  });
+  if (result.offsets.back() != count) {
+    throw ModelError(fmt::format("{}: {} ends at {}, {} has {} ids", where, kOffsets,
+                                 result.offsets.back(), kIds, count));
+  }
+  return result;
+}
+
+}  // namespace winnow
