@@ -15,43 +15,81 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-// kXRows x kWRows dot products at once. Each is one vector of partial sums (lane l sums columns l
-// modulo kLanes in order) and then the lanes: an order that only k fixes.
-template <Dtype kDtype, size_t kXRows, size_t kWRows>
-HWY_INLINE void Dots(const float* x, int64_t k, const std::byte* w, float* y, int64_t ld_y) {
+// X in the order Dots reads it: groups of kXStep rows, in a group [step][row][kLanes] with zeros after
+// column k. Rows as they come would all be read from the same set of the L1 cache when k is a power of
+// two.
+inline constexpr int64_t kXStep = 4;
+
+int64_t InterleavedSize(int64_t rows, int64_t k) {
+  constexpr auto kStep = static_cast<int64_t>(kLanes);
+  return rows * ((k + kStep - 1) / kStep * kStep);
+}
+
+void InterleaveRows(const float* x, int64_t rows, int64_t k, float* out) {
   const DF d;
+  constexpr auto kStep = static_cast<int64_t>(kLanes);
+  for (int64_t first = 0; first < rows; first += kXStep) {
+    const int64_t end = std::min(rows, first + kXStep);
+    int64_t c = 0;
+    for (; c + kStep <= k; c += kStep) {
+      for (int64_t row = first; row < end; ++row, out += kStep) {
+        hn::Store(hn::LoadU(d, x + row * k + c), d, out);
+      }
+    }
+    for (int64_t row = first; c < k && row < end; ++row, out += kStep) {
+      hn::Store(LoadPartial(x + row * k + c, static_cast<size_t>(k - c)), d, out);
+    }
+  }
+}
+
+// kXRows x kWRows dot products at once, x interleaved. Each is one vector of partial sums (lane l sums
+// columns l modulo kLanes in order) and then the lanes: an order that only k fixes. `ahead` is W's
+// row to fetch meanwhile with the kWRows - 1 after it: rows end before the hardware has learned to
+// run ahead.
+template <Dtype kDtype, size_t kXRows, size_t kWRows>
+HWY_INLINE void Dots(const float* HWY_RESTRICT x, int64_t k, const std::byte* w,
+                     const std::byte* ahead, float* HWY_RESTRICT y, int64_t ld_y) {
+  const DF d;
+  constexpr size_t kElement = kElementBytes<kDtype>;
+  constexpr size_t kLineColumns = HWY_MAX(64 / kElement, kLanes);
   const auto columns = static_cast<size_t>(k);
-  const size_t row_bytes = columns * kElementBytes<kDtype>;
+  const size_t row_bytes = columns * kElement;
   VF sums[kXRows * kWRows];
-  HWY_UNROLL(16)
-  for (size_t i = 0; i < kXRows * kWRows; ++i) sums[i] = hn::Zero(d);
-  size_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes) {
+  HWY_UNROLL(12)
+  for (VF& sum : sums) sum = hn::Zero(d);
+  const auto step = [&](const auto& widen) HWY_ATTR {
     VF wide[kWRows];
     HWY_UNROLL(8)
-    for (size_t j = 0; j < kWRows; ++j) {
-      wide[j] = Widen<kDtype>(w + j * row_bytes + c * kElementBytes<kDtype>);
-    }
-    HWY_UNROLL(8)
+    for (size_t j = 0; j < kWRows; ++j) wide[j] = widen(w + j * row_bytes);
+    HWY_UNROLL(4)
     for (size_t i = 0; i < kXRows; ++i) {
-      const VF xi = hn::LoadU(d, x + i * columns + c);
+      const VF xi = hn::Load(d, x + i * kLanes);
       HWY_UNROLL(8)
       for (size_t j = 0; j < kWRows; ++j) {
         sums[i * kWRows + j] = hn::MulAdd(xi, wide[j], sums[i * kWRows + j]);
       }
     }
-  }
-  if (c < columns) {
-    for (size_t i = 0; i < kXRows; ++i) {
-      const VF xi = LoadPartial(x + i * columns + c, columns - c);
-      for (size_t j = 0; j < kWRows; ++j) {
-        const VF wj = WidenPartial<kDtype>(w + j * row_bytes + c * kElementBytes<kDtype>,
-                                           columns - c);
-        sums[i * kWRows + j] = hn::MulAdd(xi, wj, sums[i * kWRows + j]);
-      }
+    x += kXRows * kLanes;
+    w += kLanes * kElement;
+  };
+  const auto whole = [](const std::byte* p) HWY_ATTR { return Widen<kDtype>(p); };
+  size_t c = 0;
+  for (; c + kLineColumns <= columns; c += kLineColumns) {
+    HWY_UNROLL(8)
+    for (size_t j = 0; j < kWRows; ++j) {
+      __builtin_prefetch(ahead + j * row_bytes + c * kElement, 0, 2);
     }
+    HWY_UNROLL(4)
+    for (size_t part = 0; part < kLineColumns; part += kLanes) step(whole);
   }
+  for (; c + kLanes <= columns; c += kLanes) step(whole);
+  if (c < columns) {
+    const size_t left = columns - c;
+    step([left](const std::byte* p) HWY_ATTR { return WidenPartial<kDtype>(p, left); });
+  }
+  HWY_UNROLL(4)
   for (size_t i = 0; i < kXRows; ++i) {
+    HWY_UNROLL(8)
     for (size_t j = 0; j < kWRows; ++j) {
       y[static_cast<int64_t>(i) * ld_y + static_cast<int64_t>(j)] = SumLanes(sums[i * kWRows + j]);
     }
@@ -66,34 +104,39 @@ HWY_NOINLINE void DotRows(const float* x, const WeightMatrix& w, int64_t first, 
   const int64_t row_bytes = w.cols * static_cast<int64_t>(kElementBytes<kDtype>);
   int64_t j = first;
   for (; j + kStep <= end; j += kStep) {
-    Dots<kDtype, kXRows, kWRows>(x, w.cols, w.data + j * row_bytes, y + j, ld_y);
+    const std::byte* rows = w.data + j * row_bytes;
+    const bool more = j + 2 * kStep <= w.rows;
+    Dots<kDtype, kXRows, kWRows>(x, w.cols, rows, more ? rows + kStep * row_bytes : rows, y + j,
+                                 ld_y);
   }
-  for (; j < end; ++j) Dots<kDtype, kXRows, 1>(x, w.cols, w.data + j * row_bytes, y + j, ld_y);
+  for (; j < end; ++j) {
+    const std::byte* row = w.data + j * row_bytes;
+    Dots<kDtype, kXRows, 1>(x, w.cols, row, row, y + j, ld_y);
+  }
 }
 
-// Up to 12 sums in registers; more rows of W per step when X has few rows.
+// Up to 12 sums, which with W and X fill AVX2's 16 registers: more rows of W when X has few.
 template <Dtype kDtype>
 void MatVecAs(const float* x, int64_t rows, const WeightMatrix& w, int64_t first, int64_t end,
               float* y, int64_t ld_y) {
   switch (rows) {
     case 1: return DotRows<kDtype, 1, 8>(x, w, first, end, y, ld_y);
     case 2: return DotRows<kDtype, 2, 4>(x, w, first, end, y, ld_y);
-    case 3: return DotRows<kDtype, 3, 4>(x, w, first, end, y, ld_y);
-    default: return DotRows<kDtype, 4, 2>(x, w, first, end, y, ld_y);
+    case 3: return DotRows<kDtype, 3, 3>(x, w, first, end, y, ld_y);
+    default: return DotRows<kDtype, 4, 3>(x, w, first, end, y, ld_y);
   }
 }
 
-// Rows [first, end) of W against `rows` rows of X, four rows of X at a time: a few rows of W stay in
-// L1 between the passes.
+// Rows [first, end) of W against interleaved X, a group of its rows at a time: between the passes a
+// few rows of W stay in cache.
 void MatVecRange(const float* x, int64_t rows, const WeightMatrix& w, int64_t first, int64_t end,
                  float* y, int64_t ld_y) {
-  constexpr int64_t kXStep = 4;
-  const int64_t w_step = rows <= kXStep ? end - first : 8;
+  const int64_t w_step = rows <= kXStep ? end - first : 12;
   for (int64_t j = first; j < end; j += w_step) {
     const int64_t j_end = std::min(end, j + w_step);
     for (int64_t i = 0; i < rows; i += kXStep) {
       const int64_t count = std::min(kXStep, rows - i);
-      const float* xi = x + i * w.cols;
+      const float* xi = x + InterleavedSize(i, w.cols);
       float* yi = y + i * ld_y;
       if (w.dtype == Dtype::kF32) {
         MatVecAs<Dtype::kF32>(xi, count, w, j, j_end, yi, ld_y);
@@ -113,6 +156,8 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace winnow {
 
+HWY_EXPORT(InterleavedSize);
+HWY_EXPORT(InterleaveRows);
 HWY_EXPORT(MatVecRange);
 
 void MatVec(const float* x, int64_t rows, const WeightMatrix& w, float* y, int64_t ld_y,
@@ -121,16 +166,21 @@ void MatVec(const float* x, int64_t rows, const WeightMatrix& w, float* y, int64
     throw RuntimeError("product with a weight stored as " + std::string(DtypeName(w.dtype)));
   }
   if (rows == 0 || w.rows == 0) return;
-  // Tasks of whole groups of 8 rows, about 128 KiB of W each, but enough for every thread.
-  constexpr int64_t kGroup = 8;
-  constexpr uint64_t kTaskBytes = 128 << 10;
+  const int64_t x_size = HWY_DYNAMIC_DISPATCH(InterleavedSize)(rows, w.cols);
+  AlignedBuffer<float> interleaved(static_cast<size_t>(x_size));
+  HWY_DYNAMIC_DISPATCH(InterleaveRows)(x, rows, w.cols, interleaved.data());
+  // Tasks of whole groups of rows, about 512 KiB of W each, but enough for every thread. 24 is a
+  // multiple of all the row counts above.
+  constexpr int64_t kGroup = 24;
+  constexpr uint64_t kTaskBytes = 512 << 10;
   const int64_t groups = (w.rows + kGroup - 1) / kGroup;
   const int64_t by_bytes = static_cast<int64_t>(w.bytes() / kTaskBytes) + 1;
   const int64_t tasks = std::min(groups, std::max<int64_t>(by_bytes, pool.num_threads()));
   const int64_t step = (groups + tasks - 1) / tasks * kGroup;
   pool.Run((w.rows + step - 1) / step, [&](int64_t task, int) {
     const int64_t first = task * step;
-    HWY_DYNAMIC_DISPATCH(MatVecRange)(x, rows, w, first, std::min(w.rows, first + step), y, ld_y);
+    HWY_DYNAMIC_DISPATCH(MatVecRange)
+    (interleaved.data(), rows, w, first, std::min(w.rows, first + step), y, ld_y);
   });
 }
 

@@ -101,6 +101,36 @@ HWY_INLINE void StorePartial(VF v, float* p, size_t count) {
 // Sum of all lanes, order fixed by the lane count.
 HWY_INLINE float SumLanes(VF v) { return hn::GetLane(hn::SumOfLanes(DF(), v)); }
 
+#if HWY_TARGET != HWY_SCALAR
+// The 128-bit blocks of v added: upper half to lower half, down to one.
+template <class D>
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumBlocks(D, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(D()) == 4) {
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return SumBlocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+#endif
+
+// sums[i] = the lanes of v[i] added in one fixed order: four vectors at once, by transposing.
+HWY_INLINE void SumLanesOfFour(const VF (&v)[4], float* sums) {
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t i = 0; i < 4; ++i) sums[i] = hn::GetLane(v[i]);
+#else
+  const DF d;
+  const hn::Repartition<double, DF> d_pair;  // moved only
+  const VF ab01 = hn::Add(hn::InterleaveLower(d, v[0], v[1]), hn::InterleaveUpper(d, v[0], v[1]));
+  const VF cd01 = hn::Add(hn::InterleaveLower(d, v[2], v[3]), hn::InterleaveUpper(d, v[2], v[3]));
+  const auto ab = hn::BitCast(d_pair, ab01);  // a0 b0 a1 b1 in every block
+  const auto cd = hn::BitCast(d_pair, cd01);
+  const VF blocks = hn::Add(hn::BitCast(d, hn::InterleaveLower(d_pair, ab, cd)),
+                            hn::BitCast(d, hn::InterleaveUpper(d_pair, ab, cd)));
+  hn::StoreU(SumBlocks(d, blocks), hn::FixedTag<float, 4>(), sums);
+#endif
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace winnow
 HWY_AFTER_NAMESPACE();
