@@ -42,12 +42,12 @@ replay_or_run() {
 title "Fuzz"
 need build develop
 configure fuzz
-build fuzz
-failed=0 found=0
-for program in build/fuzz/fuzz/*_fuzz; do
-  [ -x "$program" ] || continue
-  found=1
-  target=$(basename "$program") corpus=build/fuzz/corpus/$(basename "$program")
+mapfile -t targets < <(cmake --build build/fuzz --target help | sed -n 's/^\([a-z0-9_]*_fuzz\):.*/\1/p')
+[ ${#targets[@]} -gt 0 ] || die "there is no fuzz target"
+build fuzz "${targets[@]}"
+failed=0
+for target in "${targets[@]}"; do
+  program=build/fuzz/fuzz/$target corpus=build/fuzz/corpus/$target
   seed "$target" "$corpus"
   step "fuzz $target" replay_or_run "$program" "$corpus" || failed=1
   log=$LOGS/fuzz-$target.log
@@ -58,5 +58,4 @@ for program in build/fuzz/fuzz/*_fuzz; do
     END { printf "    %s: %s coverage points, corpus %s%s\n", target, cov == "" ? 0 : cov, corp == "" ? 0 : corp,
                  runs == "" ? "" : ", " runs " runs, " rate " per second" }' "$log"
 done
-[ $found = 1 ] || note "no fuzz target is built yet"
 exit $failed
