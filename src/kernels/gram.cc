@@ -88,67 +88,63 @@ HWY_INLINE void Triangle(const float* f, size_t n, int64_t ld, float (&sums)[12]
   LaneSums<12>(v, sums);
 }
 
-HWY_INLINE void PutSum(float* to, float sum, bool add) { *to = add ? *to + sum : sum; }
-
 template <size_t kColumns>
 HWY_NOINLINE void GramColumns(const float* f, int64_t m, int64_t i, int64_t j, size_t n, int64_t ld,
-                              bool add, float* gram) {
+                              float* gram) {
   float sums[kGramRows * kColumns];
   PairTile<kColumns>(f + i * ld, f + j * ld, n, ld, sums);
   for (int64_t a = 0; a < static_cast<int64_t>(kGramRows); ++a) {
     float* to = gram + DiagonalIndex(m, i + a) + (j - i - a);
-    for (size_t b = 0; b < kColumns; ++b) {
-      PutSum(to + b, sums[b * kGramRows + static_cast<size_t>(a)], add);
-    }
+    for (size_t b = 0; b < kColumns; ++b) to[b] += sums[b * kGramRows + static_cast<size_t>(a)];
   }
 }
 
 template <size_t kRows>
-HWY_NOINLINE void GramDiagonal(const float* f, int64_t m, int64_t i, size_t n, int64_t ld, bool add,
+HWY_NOINLINE void GramDiagonal(const float* f, int64_t m, int64_t i, size_t n, int64_t ld,
                                float* gram) {
   float sums[12];
   Triangle<kRows>(f + i * ld, n, ld, sums);
   size_t pair = 0;
   for (size_t a = 0; a < kRows; ++a) {
     float* to = gram + DiagonalIndex(m, i + static_cast<int64_t>(a));
-    for (size_t b = a; b < kRows; ++b, ++pair) PutSum(to + (b - a), sums[pair], add);
+    for (size_t b = a; b < kRows; ++b, ++pair) to[b - a] += sums[pair];
   }
 }
 
-// One block of n for all pairs.
-void GramBlock(const float* f, int64_t m, size_t n, int64_t ld, bool add, float* gram) {
+// Adds one block of n to all pairs.
+void GramBlock(const float* f, int64_t m, size_t n, int64_t ld, float* gram) {
   constexpr auto kRows = static_cast<int64_t>(kGramRows);
   int64_t i = 0;
   for (; i + kRows <= m; i += kRows) {
-    GramDiagonal<4>(f, m, i, n, ld, add, gram);
+    GramDiagonal<4>(f, m, i, n, ld, gram);
     for (int64_t j = i + kRows; j < m;) {
       const int64_t left = m - j;
       if (left == 1) {
-        GramColumns<1>(f, m, i, j, n, ld, add, gram);
+        GramColumns<1>(f, m, i, j, n, ld, gram);
         j += 1;
       } else if (left == 2 || left == 4) {  // 2 + 2 keeps both FMA units busy, 3 + 1 would not
-        GramColumns<2>(f, m, i, j, n, ld, add, gram);
+        GramColumns<2>(f, m, i, j, n, ld, gram);
         j += 2;
       } else {
-        GramColumns<3>(f, m, i, j, n, ld, add, gram);
+        GramColumns<3>(f, m, i, j, n, ld, gram);
         j += 3;
       }
     }
   }
   switch (m - i) {
-    case 1: return GramDiagonal<1>(f, m, i, n, ld, add, gram);
-    case 2: return GramDiagonal<2>(f, m, i, n, ld, add, gram);
-    case 3: return GramDiagonal<3>(f, m, i, n, ld, add, gram);
+    case 1: return GramDiagonal<1>(f, m, i, n, ld, gram);
+    case 2: return GramDiagonal<2>(f, m, i, n, ld, gram);
+    case 3: return GramDiagonal<3>(f, m, i, n, ld, gram);
     default: return;
   }
 }
 
 void GramUpperTarget(const float* f, int64_t m, int64_t n, int64_t ld, float* gram) {
   constexpr int64_t kBlock = 512;  // 7 vectors of a tile: 14 KiB of L1
-  if (n <= 0) std::fill_n(gram, m * (m + 1) / 2, 0.0f);
+  std::fill_n(gram, m * (m + 1) / 2, 0.0f);
   for (int64_t first = 0; first < n; first += kBlock) {
     const auto block = static_cast<size_t>(std::min(kBlock, n - first));
-    GramBlock(f + first, m, block, ld, first > 0, gram);
+    GramBlock(f + first, m, block, ld, gram);
   }
 }
 
