@@ -3,6 +3,10 @@
 // decoders as the `tokenizers` library applies them. Throws ModelError for a file it cannot honour
 // exactly (unknown component, merge of unknown tokens, pattern that does not compile, ...).
 // Immutable after loading; Encode and Decode may be called from several threads.
+//
+// The file's `truncation` and `padding` are ignored: they are settings of a call, which would cut
+// documents silently. Text that is no valid UTF-8 is encoded as if each ill-formed part were
+// U+FFFD. Added tokens whose stated id is not the one the library would give are refused.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +26,9 @@ class Tokenizer {
   // `path` is a folder with tokenizer.json or the file itself; a tokenizer_config.json beside it
   // decides on BOS and EOS for Llama-class tokenizers (add_bos_token, add_eos_token).
   static Tokenizer Load(const fs::path& path);
+  // From the files' contents; `tokenizer_config_json` may be empty. Messages start with `where`.
+  static Tokenizer FromJson(std::string_view tokenizer_json,
+                            std::string_view tokenizer_config_json, const std::string& where);
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
@@ -51,19 +58,21 @@ class Tokenizer {
 };
 
 // Decodes a growing sequence: Put returns the text that can be shown after each id (never half a
-// character), Finish the rest. Concatenated they equal Decode of all ids. Must not outlive the
-// tokenizer.
+// character), Finish the rest. Concatenated they equal Decode of all ids; only byte tokens (<0xNN>)
+// that do not form valid UTF-8 may give other replacement characters, because Decode judges a whole
+// run of them by its end. Must not outlive the tokenizer's contents (moving the Tokenizer is fine).
 class StreamDecoder {
  public:
   StreamDecoder(const Tokenizer& tokenizer, bool skip_special_tokens);
+  StreamDecoder(StreamDecoder&&) noexcept;
+  StreamDecoder& operator=(StreamDecoder&&) noexcept;
+  ~StreamDecoder();
   std::string Put(int32_t id);
   std::string Finish();
 
  private:
-  const Tokenizer* tokenizer_;
-  bool skip_special_tokens_;
-  std::vector<int32_t> ids_;  // since the last point where decoding could restart
-  std::string shown_;         // what of their text has been returned
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace winnow
