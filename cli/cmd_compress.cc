@@ -1,0 +1,155 @@
+// winnow compress: observe, plan, apply and evaluate in one command.
+#include <fmt/format.h>
+
+#include "apply/checkpoint_rewriter.h"
+#include "apply/model_card.h"
+#include "base/error.h"
+#include "base/file.h"
+#include "base/units.h"
+#include "calibration.h"
+#include "evaluation.h"
+#include "methods/naee.h"
+#include "observe/layer_stats.h"
+#include "pruning.h"
+#include "session.h"
+
+namespace winnow::cli {
+namespace {
+
+struct CompressFlags {
+  std::string model, output, protocol = "bos-512", target = "transformers";
+  CalibrationFlags calibration;
+  std::vector<std::string> texts;
+  ObserveOptions observe;
+  int64_t keep = 0, max_tokens = 8192;
+  bool progressive = false, keep_stats = false;
+};
+
+// The statistics, from an earlier unfinished run if it got that far.
+StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model, const fs::path& stats) {
+  ObserveOptions& options = flags.observe;
+  options.level = StatsLevel::kFull;
+  if (flags.progressive) {
+    options.progressive_keep = flags.keep;
+    options.choose = [&session, &flags](const fs::path& folder, const StatsInfo& info,
+                                        const StatsLayer& layer) {
+      const LayerStatsReader records(folder, info, layer);
+      return ChooseNaee(records, info, layer, flags.keep, session.pool(), session.control()).kept;
+    };
+  }
+  const std::vector<SourceBlocks> sources =
+      LoadCalibration(session, model, flags.model, flags.calibration);
+  const ObservePlan plan = PrepareObserve(session, model, sources, options, stats.string());
+  CheckNaee(plan.info, flags.keep);
+  if (session.flags.dry_run) return plan.info;
+  if (session.flags.resume && fs::exists(stats / "stats.json")) {
+    const StatsInfo finished = ReadStatsInfo(stats);
+    if (StatsInfoToJson(finished) != StatsInfoToJson(plan.info)) {
+      throw UsageError(fmt::format("{} was made with another model, text or flag", stats.string()),
+                       "repeat the command as it was, or start again with --force");
+    }
+    return finished;
+  }
+  RunObserve(model, sources, options, plan, stats, session.pool(), session.control());
+  return plan.info;
+}
+
+int RunCompress(Session& session, CompressFlags& flags) {
+  RequireFreshOutput(flags.output, session.flags.force, session.flags.resume);
+  const fs::path work = flags.output + ".work";
+  if (fs::exists(work) && !session.flags.resume && !session.flags.force) {
+    throw UsageError(fmt::format("{} is left from an interrupted run", work.string()),
+                     "go on with --resume, or start again with --force");
+  }
+  const Model model = Model::Open(flags.model);
+  if (!session.flags.dry_run) {
+    if (!session.flags.resume) fs::remove_all(work);
+    fs::create_directories(work);
+  }
+  const fs::path stats = work / "stats";
+  const StatsInfo info = Observe(session, flags, model, stats);
+  if (session.flags.dry_run) return 0;
+  ReportCoverage(session, stats, info);
+  const CompressionPlan plan = MakeNaeePlan(session, stats, info, flags.keep, flags.target);
+  session.Note(DescribePlan(plan));
+  ApplyOptions options;
+  options.resume = session.flags.resume;
+  const RewritePlan rewrite = PlanRewrite(model, plan, options);
+  const ApplyResult applied =
+      ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
+  const double pruned_seconds = session.seconds();
+  std::vector<EvalRow> rows;
+  if (!flags.texts.empty()) {
+    const PerplexityProtocol protocol = FindProtocol(flags.protocol);
+    const std::vector<EvalText> texts =
+        LoadEvalTexts(model, flags.model, flags.texts, "text", protocol, flags.max_tokens);
+    const std::string spill = work.string();
+    const Model smaller = Model::Open(flags.output);
+    const auto before = Evaluate(session, model, texts, {}, spill);
+    const auto after = Evaluate(session, smaller, texts, {}, spill);
+    for (size_t i = 0; i < texts.size(); ++i) rows.push_back({texts[i].name, after[i], before[i]});
+    std::string measured = fmt::format("Protocol `{}`: {}.\n\n| text | tokens | original | pruned | d nll +- s.e. |\n"
+                                       "|---|--:|--:|--:|--:|\n", protocol.name, protocol.description);
+    for (const EvalRow& row : rows) {
+      const PairedDifference d = Compare(*row.original, row.result);
+      measured += fmt::format("| {} | {} | {:.3f} | {:.3f} | {:+.4f} +- {:.4f} |\n", row.name,
+                              FormatCount(static_cast<uint64_t>(row.result.tokens)),
+                              row.original->perplexity, row.result.perplexity, d.nll, d.standard_error);
+    }
+    WriteFileAtomically(fs::path(flags.output) / CardFileName(model.checkpoint()),
+                        ModelCard(plan, rewrite, measured));
+  }
+  if (!flags.keep_stats) fs::remove_all(work);
+  if (session.flags.json) {
+    OrderedJson json = {{"schema", "winnow.compress/1"},
+                        {"output", flags.output},
+                        {"bytes_before", rewrite.bytes_before},
+                        {"bytes_after", rewrite.bytes_after},
+                        {"seconds", pruned_seconds},
+                        {"apply_seconds", applied.seconds},
+                        {"peak_rss_bytes", PeakResidentBytes()},
+                        {"plan", PlanToJson(plan)}};
+    if (!rows.empty()) json["eval"] = EvalJson(rows, flags.protocol);
+    session.PrintJson(json);
+    return 0;
+  }
+  session.Print(fmt::format("{}: {} -> {} ({:.0f} % of the weights), {} of {} experts a layer", flags.output,
+                            FormatBytes(rewrite.bytes_before), FormatBytes(rewrite.bytes_after),
+                            100.0 * static_cast<double>(rewrite.bytes_after) /
+                                static_cast<double>(rewrite.bytes_before),
+                            flags.keep, info.layers.front().num_experts));
+  session.Print(fmt::format("pruned in {}, peak memory {}", FormatSeconds(pruned_seconds),
+                            FormatBytes(PeakResidentBytes())));
+  if (!rows.empty()) session.Print(EvalTable(rows, flags.protocol));
+  return 0;
+}
+
+}  // namespace
+
+void AddCompress(CLI::App& app, Session& session) {
+  auto flags = std::make_shared<CompressFlags>();
+  CLI::App* verb = app.add_subcommand("compress", "Observe, plan, apply and evaluate in one");
+  verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
+  verb->add_option("--keep", flags->keep, "Experts to keep in each layer")->required()
+      ->check(CLI::PositiveNumber);
+  AddCalibrationFlags(*verb, flags->calibration);
+  verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")->required();
+  verb->add_option("-f,--text", flags->texts, "Texts to measure perplexity on, before and after");
+  verb->add_option("--protocol", flags->protocol, "Perplexity protocol (default bos-512)");
+  verb->add_option("--tokens", flags->max_tokens, "Tokens of each text (default 8192)")
+      ->check(CLI::PositiveNumber);
+  verb->add_flag("--progressive", flags->progressive, "Choose each layer on the already pruned stream");
+  verb->add_option("-b,--batch", flags->observe.batch, "Sequences in a batch of the published loss (default 8)")
+      ->check(CLI::PositiveNumber);
+  verb->add_option("--target", flags->target, "Loader the result must satisfy: transformers, vllm, llama.cpp");
+  verb->add_flag("--keep-stats", flags->keep_stats, "Leave the statistics in OUT.work");
+  session.AddComputeFlags(*verb);
+  session.AddOutputFlags(*verb, true);
+  session.AddReportFlags(*verb);
+  verb->footer("Example: winnow compress MODEL --keep 6 --calib text.txt -o SMALLER --text eval.txt");
+  verb->callback([&session, flags] {
+    session.action = [&session, flags] { return RunCompress(session, *flags); };
+  });
+}
+
+}  // namespace winnow::cli

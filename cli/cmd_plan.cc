@@ -1,0 +1,71 @@
+// winnow plan: from statistics to a decision per layer.
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "base/error.h"
+#include "base/file.h"
+#include "plan/loader_target.h"
+#include "pruning.h"
+#include "session.h"
+
+namespace winnow::cli {
+namespace {
+
+struct PlanFlags {
+  std::string stats, output, method = "naee", target = "transformers";
+  int64_t keep = 0;
+  double ratio = 0;
+};
+
+int RunPlan(Session& session, PlanFlags& flags) {
+  if (flags.method != "naee") {
+    throw UsageError(fmt::format("--method: \"{}\" is not known", flags.method), "use naee");
+  }
+  if ((flags.keep > 0) == (flags.ratio > 0)) {
+    throw UsageError("give either --keep R (experts kept) or --ratio X (share removed)");
+  }
+  if (!flags.output.empty()) RequireFreshOutput(flags.output, session.flags.force, false);
+  const StatsInfo info = ReadStatsInfo(flags.stats);
+  int64_t keep = flags.keep;
+  if (flags.ratio > 0) {
+    const int64_t experts = info.layers.front().num_experts;
+    keep = experts - static_cast<int64_t>(std::llround(flags.ratio * static_cast<double>(experts)));
+    session.Note(fmt::format("removing {:.0f} % of {} experts: keeping {}", 100 * flags.ratio, experts, keep));
+  }
+  const CompressionPlan plan = MakeNaeePlan(session, flags.stats, info, keep, flags.target);
+  const OrderedJson json = PlanToJson(plan);
+  if (!flags.output.empty() && !session.flags.dry_run) {
+    WriteFileAtomically(flags.output, json.dump(1) + "\n");
+  }
+  if (session.flags.json) {
+    session.PrintJson(json);
+  } else {
+    session.Print(DescribePlan(plan));
+    if (flags.output.empty()) session.Note("nothing was written; give -o PLAN to keep it");
+  }
+  return 0;
+}
+
+}  // namespace
+
+void AddPlan(CLI::App& app, Session& session) {
+  auto flags = std::make_shared<PlanFlags>();
+  CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
+  verb->add_option("STATS", flags->stats, "Statistics folder")->required();
+  verb->add_option("--method", flags->method, "naee: least loss of the layer's output, by enumeration");
+  verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(CLI::PositiveNumber);
+  verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
+      ->check(CLI::Range(0.001, 0.999));
+  verb->add_option("--target", flags->target, "Loader the result must satisfy: transformers, vllm, llama.cpp");
+  verb->add_option("-o,--output", flags->output, "plan.json to write");
+  session.AddComputeFlags(*verb);
+  session.AddOutputFlags(*verb, false);
+  session.AddReportFlags(*verb);
+  verb->footer("Example: winnow plan STATS --keep 6 -o plan.json");
+  verb->callback([&session, flags] {
+    session.action = [&session, flags] { return RunPlan(session, *flags); };
+  });
+}
+
+}  // namespace winnow::cli

@@ -1,0 +1,117 @@
+#include "evaluation.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "base/error.h"
+#include "base/units.h"
+
+namespace winnow::cli {
+
+std::vector<EvalText> LoadEvalTexts(const Model& model, const std::string& model_folder,
+                                    const std::vector<std::string>& paths, const std::string& field,
+                                    const PerplexityProtocol& protocol, int64_t max_tokens) {
+  const Tokenizer tokenizer = Tokenizer::Load(model_folder);
+  ModelTokens ids{tokenizer.bos_id(), tokenizer.eos_id()};
+  if (!ids.bos) ids.bos = model.config().bos_token_id;
+  if (!ids.eos && !model.config().eos_token_ids.empty()) ids.eos = model.config().eos_token_ids.front();
+  std::vector<EvalText> texts;
+  for (const std::string& path : paths) {
+    const TextSource source = ParseTextSource(path);
+    if (source.is_token_ids) {
+      texts.push_back({source.name, WindowsOfIds(ReadTokenIds(source.path))});
+    } else {
+      texts.push_back(
+          {source.name, WindowsOfText(source, field, tokenizer, ids, protocol, max_tokens)});
+    }
+  }
+  return texts;
+}
+
+std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
+                                       const std::vector<EvalText>& texts,
+                                       const std::vector<std::vector<int32_t>>& kept_experts,
+                                       const std::string& spill_folder) {
+  // All texts go through a layer together, so that each weight is read once.
+  ScoredWindows joined;
+  for (const EvalText& text : texts) {
+    const TokenSet& inputs = text.windows.inputs;
+    for (int64_t i = 0; i < inputs.num_sequences(); ++i) {
+      joined.inputs.Append(std::span(inputs.ids).subspan(
+          static_cast<size_t>(inputs.offsets[static_cast<size_t>(i)]),
+          static_cast<size_t>(inputs.length(i))));
+    }
+    joined.targets.insert(joined.targets.end(), text.windows.targets.begin(),
+                          text.windows.targets.end());
+    joined.scored += text.windows.scored;
+  }
+  EvalOptions options;
+  options.memory_budget_bytes = session.memory_budget();
+  options.spill_folder = spill_folder;
+  options.kept_experts = kept_experts;
+  const EvalPlan plan = PlanPerplexity(model, joined, options, session.pool().num_threads());
+  session.RequireMemory(plan.memory, "eval");
+  if (session.flags.dry_run) return {};
+  const PerplexityResult all =
+      RunPerplexity(model, joined, options, plan, session.pool(), session.control());
+  std::vector<PerplexityResult> results;
+  size_t window = 0;
+  for (const EvalText& text : texts) {
+    const auto count = static_cast<size_t>(text.windows.inputs.num_sequences());
+    results.push_back(Summarize(std::span(all.window_nll).subspan(window, count),
+                                std::span(all.window_tokens).subspan(window, count),
+                                text.windows.bytes));
+    window += count;
+  }
+  return results;
+}
+
+std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol) {
+  const bool paired = !rows.empty() && rows.front().original.has_value();
+  std::string text = fmt::format("perplexity, protocol {}\n", protocol);
+  text += fmt::format("  {:<16} {:>9} {:>10} {:>10} {:>9}{}\n", "text", "tokens", "perplexity",
+                      "+- (nll)", "bits/byte", paired ? "   original   d nll +- s.e." : "");
+  for (const EvalRow& row : rows) {
+    text += fmt::format("  {:<16} {:>9} {:>10.4f} {:>10.4f} {:>9}", row.name,
+                        FormatCount(static_cast<uint64_t>(row.result.tokens)), row.result.perplexity,
+                        row.result.standard_error,
+                        row.result.bits_per_byte ? fmt::format("{:.4f}", *row.result.bits_per_byte) : "-");
+    if (row.original) {
+      const PairedDifference d = Compare(*row.original, row.result);
+      text += fmt::format(" {:>10.4f} {:>+8.4f} +- {:.4f}", row.original->perplexity, d.nll,
+                          d.standard_error);
+    }
+    text += "\n";
+  }
+  return text;
+}
+
+OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protocol) {
+  OrderedJson texts = OrderedJson::array();
+  double total = 0;
+  int64_t tokens = 0;
+  for (const EvalRow& row : rows) {
+    OrderedJson item = {{"name", row.name},
+                        {"nll", row.result.nll},
+                        {"perplexity", row.result.perplexity},
+                        {"standard_error", row.result.standard_error},
+                        {"tokens", row.result.tokens},
+                        {"bits_per_byte", row.result.bits_per_byte ? OrderedJson(*row.result.bits_per_byte)
+                                                                   : OrderedJson()}};
+    if (row.original) {
+      const PairedDifference d = Compare(*row.original, row.result);
+      item["original"] = {{"nll", row.original->nll}, {"perplexity", row.original->perplexity}};
+      item["difference"] = {{"nll", d.nll}, {"standard_error", d.standard_error}};
+    }
+    total += row.result.nll * static_cast<double>(row.result.tokens);
+    tokens += row.result.tokens;
+    texts.push_back(item);
+  }
+  const double nll = total / static_cast<double>(tokens);
+  return {{"schema", "winnow.eval-ppl/1"}, {"protocol", protocol}, {"nll", nll},
+          {"perplexity", std::exp(nll)},   {"tokens", tokens},     {"texts", texts},
+          {"peak_rss_bytes", PeakResidentBytes()}};
+}
+
+}  // namespace winnow::cli

@@ -1,0 +1,36 @@
+// Perplexity of one or two models on the same tokens, shared by eval and compress.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "eval/perplexity.h"  // ScoredWindows, PerplexityResult
+#include "session.h"          // Session
+
+namespace winnow::cli {
+
+struct EvalText {
+  std::string name;
+  ScoredWindows windows;
+};
+
+struct EvalRow {
+  std::string name;
+  PerplexityResult result;
+  std::optional<PerplexityResult> original;  // with --against
+};
+
+// Texts cut by a protocol, once, with the tokenizer of `model_folder`.
+std::vector<EvalText> LoadEvalTexts(const Model& model, const std::string& model_folder,
+                                    const std::vector<std::string>& paths, const std::string& field,
+                                    const PerplexityProtocol& protocol, int64_t max_tokens);
+// Results of all texts, in order.
+std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
+                                       const std::vector<EvalText>& texts,
+                                       const std::vector<std::vector<int32_t>>& kept_experts,
+                                       const std::string& spill_folder);
+std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol);
+OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protocol);
+
+}  // namespace winnow::cli

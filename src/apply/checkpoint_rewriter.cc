@@ -1,0 +1,276 @@
+#include "apply/checkpoint_rewriter.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "apply/model_card.h"
+#include "base/error.h"
+#include "base/hash.h"
+
+namespace winnow {
+namespace {
+
+constexpr uint64_t kJournalBytes = uint64_t{1} << 30;  // flushed and recorded at least this often
+constexpr uint64_t kBufferBytes = uint64_t{4} << 20;   // multiple of every element size
+constexpr uint64_t kAuditBytes = uint64_t{64} << 10;
+
+// Converts `count` elements; both formats are F32, F16 or BF16.
+void Convert(Dtype from, const std::byte* source, Dtype to, std::byte* target, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    const float value = LoadAsFloat(from, source, i);
+    if (to == Dtype::kF32) {
+      std::memcpy(target + i * 4, &value, 4);
+    } else {
+      const uint16_t bits = to == Dtype::kBF16 ? Bf16FromFloat(value) : F16FromFloat(value);
+      std::memcpy(target + i * 2, &bits, 2);
+    }
+  }
+}
+
+struct Journal {
+  std::string fingerprint;
+  uint64_t shard = 0;    // shards before it are complete
+  uint64_t tensors = 0;  // of that shard
+};
+
+std::string RunFingerprint(const Model& model, const RewritePlan& rewrite) {
+  Fingerprint fingerprint;
+  fingerprint.Add(model.checkpoint().FingerprintHex());
+  fingerprint.Add(rewrite.config_json);
+  fingerprint.Add(rewrite.index_json);
+  for (const OutputShard& shard : rewrite.shards) {
+    fingerprint.Add(shard.header);
+    for (const OutputTensor& tensor : shard.tensors) {
+      for (const SourceRange& range : tensor.ranges) {
+        fingerprint.Add(range.tensor->name);
+        fingerprint.Add(range.offset);
+      }
+    }
+  }
+  return fingerprint.Hex();
+}
+
+class Rewriter {
+ public:
+  Rewriter(const Model& model, const RewritePlan& rewrite, const ApplyOptions& options,
+           fs::path folder, const JobControl& control)
+      : model_(model), rewrite_(rewrite), options_(options), folder_(std::move(folder)),
+        control_(control) {}
+
+  void WriteShards() {
+    Journal journal = LoadJournal();
+    for (const OutputShard& shard : rewrite_.shards) total_ += shard.bytes;
+    for (size_t i = 0; i < rewrite_.shards.size(); ++i) {
+      const OutputShard& shard = rewrite_.shards[i];
+      if (i < journal.shard) {
+        done_ += shard.bytes;
+        continue;
+      }
+      WriteShard(shard, i, i == journal.shard ? journal.tensors : 0, journal);
+      journal.shard = i + 1;
+      journal.tensors = 0;
+      SaveJournal(journal);
+    }
+  }
+
+  uint64_t bytes_written() const { return written_; }
+
+ private:
+  Journal LoadJournal() {
+    Journal journal;
+    journal.fingerprint = RunFingerprint(model_, rewrite_);
+    const fs::path path = folder_ / "apply.journal";
+    if (!options_.resume || !fs::exists(path)) return journal;
+    const Json json = ParseJson(ReadTextFile(path), path.string());
+    if (!json.is_object() || json.value("fingerprint", "") != journal.fingerprint) {
+      throw UsageError(fmt::format("{} was made with another model, plan or flag", folder_.string()),
+                       "repeat the command as it was, or start again with --force");
+    }
+    journal.shard = json.value("shard", uint64_t{0});
+    journal.tensors = json.value("tensors", uint64_t{0});
+    return journal;
+  }
+  void SaveJournal(const Journal& journal) const {
+    const OrderedJson json = {{"fingerprint", journal.fingerprint},
+                              {"shard", journal.shard},
+                              {"tensors", journal.tensors}};
+    WriteFileAtomically(folder_ / "apply.journal", json.dump());
+  }
+
+  void WriteShard(const OutputShard& shard, size_t number, uint64_t first_tensor, Journal& journal) {
+    const fs::path path = folder_ / shard.file_name;
+    const File out = first_tensor > 0 ? File::OpenWrite(path) : File::Create(path);
+    if (first_tensor == 0) {
+      out.WriteAt(0, std::as_bytes(std::span(shard.header)));
+      out.Truncate(shard.bytes);
+      done_ += shard.header.size();
+    } else {
+      done_ += shard.tensors[std::min<uint64_t>(first_tensor, shard.tensors.size() - 1)].info.file_offset;
+    }
+    uint64_t since_flush = 0;
+    for (uint64_t i = first_tensor; i < shard.tensors.size();) {
+      control_.Poll();
+      const uint64_t begin = shard.tensors[i].info.file_offset;
+      uint64_t next = i;
+      uint64_t bytes = 0;
+      if (IsPlainCopy(shard.tensors[i])) {
+        // Neighbours in the source stay neighbours: one long copy instead of thousands of short ones.
+        const SourceRange& start = shard.tensors[i].ranges.front();
+        uint64_t source_end = start.tensor->file_offset + start.offset;
+        while (next < shard.tensors.size() && IsPlainCopy(shard.tensors[next]) &&
+               shard.tensors[next].ranges.front().tensor->shard == start.tensor->shard &&
+               shard.tensors[next].ranges.front().tensor->file_offset +
+                       shard.tensors[next].ranges.front().offset ==
+                   source_end &&
+               bytes < (uint64_t{256} << 20)) {
+          source_end += shard.tensors[next].info.bytes;
+          bytes += shard.tensors[next].info.bytes;
+          ++next;
+        }
+        out.CopyFrom(SourceFile(*start.tensor), start.tensor->file_offset + start.offset, begin, bytes);
+      } else {
+        WriteTensor(shard.tensors[i], out);
+        bytes = shard.tensors[i].info.bytes;
+        ++next;
+      }
+      // Start writing back now, so that the flush at the end has little left to wait for.
+      sync_file_range(out.descriptor(), static_cast<off64_t>(begin), static_cast<off64_t>(bytes),
+                      SYNC_FILE_RANGE_WRITE);
+      i = next;
+      written_ += bytes;
+      done_ += bytes;
+      since_flush += bytes;
+      control_.Report({.stage = "apply",
+                       .work_done = static_cast<int64_t>(done_),
+                       .work_total = static_cast<int64_t>(total_),
+                       .bytes = true});
+      if (since_flush >= kJournalBytes && i < shard.tensors.size()) {
+        out.Sync();
+        journal.shard = number;
+        journal.tensors = i;
+        SaveJournal(journal);
+        since_flush = 0;
+      }
+    }
+    out.Sync();
+  }
+
+  static bool IsPlainCopy(const OutputTensor& tensor) {
+    return tensor.ranges.size() == 1 && tensor.source_dtype == tensor.info.dtype;
+  }
+  const File& SourceFile(const TensorInfo& tensor) const {
+    return model_.checkpoint().shards()[static_cast<size_t>(tensor.shard)].file();
+  }
+
+  void WriteTensor(const OutputTensor& tensor, const File& out) {
+    uint64_t at = tensor.info.file_offset;
+    for (const SourceRange& range : tensor.ranges) {
+      const File& source = SourceFile(*range.tensor);
+      const uint64_t from = range.tensor->file_offset + range.offset;
+      if (tensor.source_dtype == tensor.info.dtype) {
+        out.CopyFrom(source, from, at, range.bytes);
+        at += range.bytes;
+        continue;
+      }
+      const uint64_t in_size = DtypeBits(tensor.source_dtype) / 8;
+      const uint64_t out_size = DtypeBits(tensor.info.dtype) / 8;
+      std::vector<std::byte> input(kBufferBytes), output(kBufferBytes / in_size * out_size);
+      for (uint64_t done = 0; done < range.bytes;) {
+        const uint64_t part = std::min<uint64_t>(kBufferBytes, range.bytes - done);
+        source.ReadAt(from + done, std::span(input).first(part));
+        const uint64_t count = part / in_size;
+        Convert(tensor.source_dtype, input.data(), tensor.info.dtype, output.data(), count);
+        out.WriteAt(at, std::span(output).first(count * out_size));
+        at += count * out_size;
+        done += part;
+      }
+    }
+  }
+
+  const Model& model_;
+  const RewritePlan& rewrite_;
+  const ApplyOptions& options_;
+  fs::path folder_;
+  const JobControl& control_;
+  uint64_t total_ = 0, done_ = 0, written_ = 0;
+};
+
+// Opens what was written as a model of its own and compares the ends of every tensor with the source.
+int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& folder) {
+  const Model written = Model::Open(folder);
+  int64_t audited = 0;
+  std::vector<std::byte> expected, found;
+  for (const OutputShard& shard : rewrite.shards) {
+    for (const OutputTensor& tensor : shard.tensors) {
+      const TensorInfo* info = written.checkpoint().Find(tensor.info.name);
+      bool same = info != nullptr && info->shape == tensor.info.shape &&
+                  info->dtype == tensor.info.dtype;
+      uint64_t at = 0;
+      for (const SourceRange& range : tensor.ranges) {
+        if (!same || tensor.source_dtype != tensor.info.dtype) break;
+        for (const bool tail : {false, true}) {
+          const uint64_t bytes = std::min(range.bytes, kAuditBytes);
+          const uint64_t offset = tail ? range.bytes - bytes : 0;
+          expected.resize(bytes);
+          found.resize(bytes);
+          source.checkpoint().ReadPart(*range.tensor, range.offset + offset, expected);
+          written.checkpoint().ReadPart(*info, at + offset, found);
+          same = same && expected == found;
+        }
+        at += range.bytes;
+      }
+      if (!same) {
+        throw ModelError(fmt::format("{}: tensor {} differs from its source after writing",
+                                     folder.string(), tensor.info.name),
+                         "the disk may be failing; run again with --force");
+      }
+      ++audited;
+    }
+  }
+  return audited;
+}
+
+}  // namespace
+
+ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const RewritePlan& rewrite,
+                      const ApplyOptions& options, const fs::path& output,
+                      const JobControl& control) {
+  const fs::path folder = output.string() + ".partial";
+  if (!options.resume) fs::remove_all(folder);
+  uint64_t there = 0;  // what an interrupted run has written already
+  if (fs::exists(folder)) {
+    for (const OutputShard& shard : rewrite.shards) {
+      if (fs::exists(folder / shard.file_name)) there += fs::file_size(folder / shard.file_name);
+    }
+  }
+  RequireDiskSpace(output, rewrite.bytes_after - std::min(there, rewrite.bytes_after),
+                   "the new checkpoint");
+  fs::create_directories(folder);
+  const auto start = std::chrono::steady_clock::now();
+  ApplyResult result;
+  Rewriter rewriter(model, rewrite, options, folder, control);
+  rewriter.WriteShards();
+  for (const fs::path& file : rewrite.other_files) {
+    fs::copy_file(file, folder / file.filename(), fs::copy_options::overwrite_existing);
+  }
+  WriteFileAtomically(folder / "config.json", rewrite.config_json);
+  if (!rewrite.index_json.empty()) {
+    WriteFileAtomically(folder / "model.safetensors.index.json", rewrite.index_json);
+  }
+  WriteFileAtomically(folder / "winnow-plan.json", PlanToJson(plan).dump(1) + "\n");
+  WriteFileAtomically(folder / CardFileName(model.checkpoint()), ModelCard(plan, rewrite, ""));
+  result.bytes_written = rewriter.bytes_written();
+  result.seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.audited_tensors = Audit(model, rewrite, folder);
+  fs::remove(folder / "apply.journal");
+  fs::remove_all(output);
+  RenameDurably(folder, output);
+  return result;
+}
+
+}  // namespace winnow

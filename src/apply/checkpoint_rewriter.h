@@ -1,0 +1,69 @@
+// `winnow apply`: streams a checkpoint into a smaller one. Experts are renumbered, router rows and fused
+// tensors cut, config.json edited; layout, order, shards, dtype and every other file are carried through.
+// Data is copied range by range (inside the kernel where possible) and never held. The output appears by
+// rename; an interrupted run goes on with the same bytes.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/dtype.h"             // Dtype
+#include "base/progress.h"          // JobControl
+#include "model/model.h"            // Model
+#include "plan/compression_plan.h"  // CompressionPlan
+
+namespace winnow {
+
+struct ApplyOptions {
+  std::optional<Dtype> dtype;  // convert every F32/F16/BF16 tensor
+  bool resume = false;
+};
+
+// A run of bytes of one source tensor.
+struct SourceRange {
+  const TensorInfo* tensor = nullptr;
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+};
+
+struct OutputTensor {
+  TensorInfo info;                 // as it will be
+  Dtype source_dtype = Dtype::kF32;
+  std::vector<SourceRange> ranges;  // in order; together the tensor's content
+};
+
+struct OutputShard {
+  std::string file_name;
+  std::string header;
+  std::vector<OutputTensor> tensors;
+  uint64_t bytes = 0;  // of the whole file
+};
+
+// Everything that will be written, decided before the first byte.
+struct RewritePlan {
+  std::vector<OutputShard> shards;
+  std::string config_json;
+  std::string index_json;            // empty: single file
+  std::vector<fs::path> other_files;
+  uint64_t bytes_before = 0;         // of the weight files
+  uint64_t bytes_after = 0;
+  int64_t experts_before = 0, experts_after = 0;  // over all layers
+};
+
+RewritePlan PlanRewrite(const Model& model, const CompressionPlan& plan, const ApplyOptions& options);
+
+struct ApplyResult {
+  uint64_t bytes_written = 0;
+  double seconds = 0;        // of copying, audit not counted
+  int64_t audited_tensors = 0;
+};
+// Throws ResourceError (disk), UsageError (resume of another run), ModelError if the audit of what was written
+// finds a difference (the output is then not published).
+ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const RewritePlan& rewrite,
+                      const ApplyOptions& options, const fs::path& output,
+                      const JobControl& control);
+
+}  // namespace winnow

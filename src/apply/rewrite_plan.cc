@@ -1,0 +1,155 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "apply/checkpoint_rewriter.h"
+#include "base/error.h"
+#include "checkpoint/safetensors_writer.h"
+
+namespace winnow {
+namespace {
+
+class Planner {
+ public:
+  Planner(const Model& model, const CompressionPlan& plan, const ApplyOptions& options)
+      : model_(model), options_(options), kept_(KeptExperts(plan, model.config().num_layers())) {}
+
+  RewritePlan Run() {
+    RewritePlan out;
+    const Checkpoint& checkpoint = model_.checkpoint();
+    std::vector<const SafetensorsFile*> sources;
+    for (const SafetensorsFile& shard : checkpoint.shards()) {
+      out.bytes_before += shard.file().size();
+      OutputShard output;
+      for (const TensorInfo& tensor : shard.tensors()) {
+        if (checkpoint.Find(tensor.name) == nullptr) continue;
+        AddTensor(*checkpoint.Find(tensor.name), output);
+      }
+      if (output.tensors.empty()) continue;
+      sources.push_back(&shard);
+      out.shards.push_back(std::move(output));
+    }
+    NameShards(sources, out);
+    for (size_t i = 0; i < out.shards.size(); ++i) {
+      LayOut(out.shards[i], sources[i]->metadata());
+      out.bytes_after += out.shards[i].bytes;
+    }
+    WriteIndex(out);
+    WriteConfig(out);
+    out.other_files = checkpoint.OtherFiles();
+    for (const LayerConfig& layer : model_.config().layers) out.experts_before += layer.num_experts;
+    for (const std::vector<int32_t>& kept : kept_) {
+      out.experts_after += static_cast<int64_t>(kept.size());
+    }
+    return out;
+  }
+
+ private:
+  void AddTensor(const TensorInfo& tensor, OutputShard& shard) {
+    const TensorRole role = model_.RoleOf(tensor.name);
+    OutputTensor output;
+    output.info.name = tensor.name;
+    output.info.shape = tensor.shape;
+    output.source_dtype = tensor.dtype;
+    output.info.dtype =
+        options_.dtype && IsComputeDtype(tensor.dtype) ? *options_.dtype : tensor.dtype;
+    if (role.kind == TensorKind::kOther) {
+      output.ranges.push_back({&tensor, 0, tensor.bytes});
+    } else {
+      const std::vector<int32_t>& kept = kept_[static_cast<size_t>(role.layer)];
+      if (role.kind == TensorKind::kExpert) {
+        const auto at = std::lower_bound(kept.begin(), kept.end(), role.expert);
+        if (at == kept.end() || *at != role.expert) return;  // dropped
+        output.info.name = model_.RenameExpert(tensor.name, role.expert,
+                                               static_cast<int32_t>(at - kept.begin()));
+        output.ranges.push_back({&tensor, 0, tensor.bytes});
+      } else {
+        const uint64_t slice = tensor.bytes / tensor.shape[0];
+        for (const int32_t expert : kept) {
+          const uint64_t offset = static_cast<uint64_t>(expert) * slice;
+          if (!output.ranges.empty() &&
+              output.ranges.back().offset + output.ranges.back().bytes == offset) {
+            output.ranges.back().bytes += slice;
+          } else {
+            output.ranges.push_back({&tensor, offset, slice});
+          }
+        }
+        output.info.shape[0] = kept.size();
+      }
+    }
+    shard.tensors.push_back(std::move(output));
+  }
+
+  // Names are kept; if a shard lost all its tensors the others are numbered anew.
+  void NameShards(const std::vector<const SafetensorsFile*>& sources, RewritePlan& out) const {
+    const bool all = sources.size() == model_.checkpoint().shards().size();
+    for (size_t i = 0; i < out.shards.size(); ++i) {
+      out.shards[i].file_name =
+          all ? sources[i]->path().filename().string()
+              : fmt::format("model-{:05d}-of-{:05d}.safetensors", i + 1, out.shards.size());
+    }
+  }
+
+  static void LayOut(OutputShard& shard, std::map<std::string, std::string> metadata) {
+    metadata.try_emplace("format", "pt");  // some loaders refuse files without it
+    std::vector<TensorInfo> infos;
+    for (const OutputTensor& tensor : shard.tensors) infos.push_back(tensor.info);
+    shard.header = LayOutSafetensors(infos, metadata);
+    shard.bytes = shard.header.size();
+    for (size_t i = 0; i < infos.size(); ++i) {
+      shard.tensors[i].info = infos[i];
+      shard.bytes += infos[i].bytes;
+    }
+  }
+
+  void WriteIndex(RewritePlan& out) const {
+    if (!model_.checkpoint().has_index() && out.shards.size() == 1) return;
+    uint64_t total = 0;
+    Json map = Json::object();
+    for (const OutputShard& shard : out.shards) {
+      for (const OutputTensor& tensor : shard.tensors) {
+        total += tensor.info.bytes;
+        map[tensor.info.name] = shard.file_name;
+      }
+    }
+    const Json index = {{"metadata", {{"total_size", total}}}, {"weight_map", map}};
+    out.index_json = index.dump(2) + "\n";
+  }
+
+  void WriteConfig(RewritePlan& out) const {
+    OrderedJson config = model_.checkpoint().config();
+    std::optional<size_t> experts;
+    for (const int32_t layer : model_.config().MoeLayers()) {
+      const size_t count = kept_[static_cast<size_t>(layer)].size();
+      if (experts && *experts != count) {
+        throw UsageError("the plan keeps different numbers of experts in different layers",
+                         "config.json has one number for all layers; keep the same in each");
+      }
+      experts = count;
+    }
+    if (experts) {
+      config = ConfigWithExperts(config, *model_.config().family, static_cast<int64_t>(*experts));
+    }
+    if (options_.dtype) {
+      const char* name = *options_.dtype == Dtype::kF32    ? "float32"
+                         : *options_.dtype == Dtype::kBF16 ? "bfloat16"
+                                                           : "float16";
+      config[config.contains("dtype") ? "dtype" : "torch_dtype"] = name;
+    }
+    out.config_json = config.dump(2) + "\n";
+  }
+
+  const Model& model_;
+  const ApplyOptions& options_;
+  std::vector<std::vector<int32_t>> kept_;
+};
+
+}  // namespace
+
+RewritePlan PlanRewrite(const Model& model, const CompressionPlan& plan,
+                        const ApplyOptions& options) {
+  CheckPlan(plan, model);
+  return Planner(model, plan, options).Run();
+}
+
+}  // namespace winnow

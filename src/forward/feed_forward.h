@@ -1,0 +1,57 @@
+// The feed-forward block of a decoder layer: norm, then a dense SwiGLU or router + experts (+ shared
+// expert), added to the residual stream. Experts run on their gathered tokens, or on every token when an
+// observer asks for un-routed outputs; both give the same stream bit for bit, because a product's row does
+// not depend on the other rows and a token's experts are summed in ascending order either way.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/aligned_buffer.h"    // AlignedBuffer
+#include "base/thread_pool.h"       // ThreadPool
+#include "forward/moe_observer.h"   // MoeObserver
+#include "kernels/matmul.h"         // PackedRows
+#include "model/model_config.h"     // ModelConfig
+#include "weights/layer_weights.h"  // LayerWeights
+
+namespace winnow {
+
+struct FeedForwardCall {
+  int64_t layer = 0;          // decoder index, for observers
+  int64_t first_token = 0;    // position of hidden[0] in the token set, for observers
+  MoeObserver* observer = nullptr;
+  bool add_to_residual = true;  // false: only observe (the stream is advanced by a later call)
+};
+
+class FeedForwardBlock {
+ public:
+  FeedForwardBlock(const ModelConfig& config, ThreadPool& pool);
+
+  // hidden [n, hidden_size] in place. The layer is a MoE layer iff weights.router is set.
+  void Run(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);
+
+  // Tokens computed at once: all experts' outputs of a chunk stay within ~64 MiB.
+  static int64_t ChunkTokens(const ModelConfig& config, const LayerConfig& layer, bool all_experts);
+  // Scratch of the largest layer, for memory plans.
+  static uint64_t ScratchBytes(const ModelConfig& config, bool all_experts);
+
+ private:
+  void RunChunk(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);
+  // y [rows, hidden] (stride ld) = SwiGLU of the rows in `x`.
+  void SwiGluMlp(const FeedForwardWeights& weights, const PackedRows& x, float* y, int64_t ld);
+  // keep_outputs: also store each selected expert's output in selected_.
+  void RouteGathered(const LayerWeights& weights, int64_t n, bool keep_outputs);
+  void RouteAllExperts(const LayerWeights& weights, int64_t n);
+  void AddShared(const LayerWeights& weights, int64_t n);
+
+  const ModelConfig& config_;
+  ThreadPool& pool_;
+  PackedRows packed_input_, packed_rows_, packed_inner_;
+  AlignedBuffer<float> normed_, logits_, weights_, routed_, output_, shared_gate_;
+  AlignedBuffer<float> gate_, up_, rows_, expert_outputs_, selected_;
+  AlignedBuffer<int32_t> ids_;
+  std::vector<std::vector<int32_t>> tokens_of_expert_;
+  std::vector<std::vector<int64_t>> slots_of_expert_;  // token * k + rank
+};
+
+}  // namespace winnow

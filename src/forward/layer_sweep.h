@@ -1,0 +1,63 @@
+// Layer-major execution: all tokens through layer i, then layer i + 1. Every weight is read once, memory
+// holds one layer (two with prefetch) and one tile of work, whatever the number of tokens.
+// Used by observe/, eval/ and traces; the caller owns the loop over layers so that it can checkpoint,
+// replace weights or run two streams (progressive pruning).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "base/memory.h"            // MemoryPlan
+#include "base/progress.h"          // JobControl
+#include "base/thread_pool.h"       // ThreadPool
+#include "forward/attention.h"      // AttentionBlock
+#include "forward/feed_forward.h"   // FeedForwardBlock
+#include "forward/hidden_states.h"  // HiddenStates
+#include "forward/token_set.h"      // TokenSet, SequenceTile
+#include "model/model.h"            // Model
+
+namespace winnow {
+
+// Tokens a tile holds by default: enough rows for every product, small enough for the cache of big models.
+inline constexpr int64_t kTileTokens = 4096;
+
+class LayerSweep {
+ public:
+  LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool, const JobControl& control,
+             std::string stage);
+
+  const std::vector<SequenceTile>& tiles() const { return tiles_; }
+  // Embedding rows of all tokens into the stream.
+  void Embed(HiddenStates& states);
+  // One whole layer over all tokens, in place.
+  void RunLayer(int64_t layer, const LayerWeights& weights, HiddenStates& states,
+                MoeObserver* observer);
+  // The two halves, for callers that need them apart (tile by tile).
+  void RunAttention(const LayerWeights& weights, const SequenceTile& tile, float* hidden);
+  void RunFeedForward(const LayerWeights& weights, const FeedForwardCall& call, int64_t num_tokens,
+                      float* hidden);
+  // Progress counts tokens x layers; a caller that runs two streams a layer sets the total itself.
+  void SetWork(int64_t done, int64_t total) {
+    work_done_ = done;
+    work_total_ = total;
+  }
+  void Advance(int64_t layer, int64_t tokens);
+
+  // What a sweep over `tokens` holds besides weights and the stream itself.
+  static uint64_t ScratchBytes(const Model& model, const TokenSet& tokens, bool all_experts,
+                               int num_threads);
+
+ private:
+  const Model& model_;
+  const TokenSet& tokens_;
+  const JobControl& control_;
+  std::string stage_;
+  std::vector<SequenceTile> tiles_;
+  AttentionBlock attention_;
+  FeedForwardBlock feed_forward_;
+  int64_t work_done_ = 0;
+  int64_t work_total_ = 0;
+};
+
+}  // namespace winnow

@@ -1,0 +1,269 @@
+#include "methods/naee.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/units.h"
+
+namespace winnow {
+namespace {
+
+// Every subset of `size` of 0..n-1 in lexicographic order.
+std::vector<std::vector<int32_t>> Subsets(int64_t n, int64_t size) {
+  std::vector<std::vector<int32_t>> all;
+  std::vector<int32_t> current(static_cast<size_t>(size));
+  std::iota(current.begin(), current.end(), 0);
+  for (;;) {
+    all.push_back(current);
+    int64_t i = size - 1;
+    while (i >= 0 && current[static_cast<size_t>(i)] == n - size + i) --i;
+    if (i < 0) return all;
+    ++current[static_cast<size_t>(i)];
+    for (int64_t j = i + 1; j < size; ++j) {
+      current[static_cast<size_t>(j)] = current[static_cast<size_t>(j - 1)] + 1;
+    }
+  }
+}
+
+// A batch prepared for many subsets: per token the experts by falling score and what the intact router does.
+class Batch {
+ public:
+  Batch(const StatsInfo& info, int64_t num_experts, int64_t num_dropped, bool has_target)
+      : experts_(num_experts), k_(info.num_experts_per_tok),
+        ranked_(std::min(num_experts, k_ + num_dropped)), normalize_(info.norm_topk_prob),
+        epsilon_(info.normalize_epsilon), has_target_(has_target) {}
+
+  void Prepare(const TokenRecords& records) {
+    records_ = &records;
+    const auto n = static_cast<size_t>(records.num_tokens);
+    order_.resize(n * static_cast<size_t>(ranked_));
+    mass_.resize(n * static_cast<size_t>(experts_));
+    intact_norm_.resize(n);
+    std::vector<int32_t> order(static_cast<size_t>(experts_));
+    for (size_t t = 0; t < n; ++t) {
+      const float* logits = records.router_logits.data() + t * static_cast<size_t>(experts_);
+      std::iota(order.begin(), order.end(), 0);
+      std::partial_sort(order.begin(), order.begin() + ranked_, order.end(),
+                        [&](int32_t a, int32_t b) {
+                          return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+                        });
+      std::copy_n(order.begin(), ranked_, order_.begin() + static_cast<std::ptrdiff_t>(
+                                                               t * static_cast<size_t>(ranked_)));
+      const double highest = static_cast<double>(logits[order[0]]);
+      double total = 0;
+      double* mass = mass_.data() + t * static_cast<size_t>(experts_);
+      for (int64_t e = 0; e < experts_; ++e) {
+        mass[e] = std::exp(static_cast<double>(logits[e]) - highest);
+        total += mass[e];
+      }
+      for (int64_t e = 0; e < experts_; ++e) mass[e] /= total;
+      // |z|^2, the whole error of a token whose weights are all scaled by the same factor.
+      if (!has_target_ && !normalize_) {
+        double norm = 0;
+        for (int64_t i = 0; i < k_; ++i) {
+          for (int64_t j = 0; j < k_; ++j) {
+            const int32_t a = Ranked(t, i), b = Ranked(t, j);
+            norm += mass[a] * mass[b] * Gram(t, a, b);
+          }
+        }
+        intact_norm_[t] = norm;
+      }
+    }
+  }
+
+  // Sum over the batch's tokens of the squared error with experts `dropped` gone. `gone` flags them.
+  double SquaredError(const std::vector<int32_t>& dropped, const std::vector<uint8_t>& gone) const {
+    double sum = 0;
+    for (int64_t t = 0; t < records_->num_tokens; ++t) {
+      sum += TokenError(static_cast<size_t>(t), dropped, gone);
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr size_t kMaxTerms = 256;  // k <= 128, far above any family
+
+  int32_t Ranked(size_t t, int64_t rank) const {
+    return order_[t * static_cast<size_t>(ranked_) + static_cast<size_t>(rank)];
+  }
+  double Gram(size_t t, int32_t a, int32_t b) const {
+    const int64_t i = std::min(a, b), j = std::max(a, b);
+    const auto pairs = static_cast<size_t>(experts_ * (experts_ + 1) / 2);
+    const auto at = static_cast<size_t>(i * experts_ - i * (i - 1) / 2 + (j - i));
+    return static_cast<double>(records_->gram[t * pairs + at]);
+  }
+
+  double TokenError(size_t t, const std::vector<int32_t>& dropped,
+                    const std::vector<uint8_t>& gone) const {
+    const double* mass = mass_.data() + t * static_cast<size_t>(experts_);
+    bool hit = false;
+    for (int64_t i = 0; i < k_; ++i) hit = hit || gone[static_cast<size_t>(Ranked(t, i))] != 0;
+    double left = 1.0;  // softmax mass of the survivors
+    if (!normalize_) {
+      for (const int32_t e : dropped) left -= mass[e];
+    }
+    if (!hit && !has_target_) {
+      // The same experts; without renormalisation their weights all grow by 1 / left.
+      if (normalize_) return 0.0;
+      const double growth = 1.0 / left - 1.0;
+      return growth * growth * intact_norm_[t];
+    }
+    // Terms of the quadratic form: coefficient per expert.
+    std::array<int32_t, kMaxTerms> expert;
+    std::array<double, kMaxTerms> coefficient;
+    size_t terms = 0;
+    double selected_mass = 0;
+    for (int64_t i = 0, found = 0; found < k_; ++i) {
+      const int32_t e = Ranked(t, i);
+      if (gone[static_cast<size_t>(e)] != 0) continue;
+      expert[terms] = e;
+      coefficient[terms++] = mass[e];
+      selected_mass += mass[e];
+      ++found;
+    }
+    const double scale = normalize_ ? 1.0 / (selected_mass + epsilon_) : 1.0 / left;
+    for (size_t i = 0; i < terms; ++i) coefficient[i] *= scale;
+    double error = 0;
+    if (has_target_) {
+      error = static_cast<double>(records_->target_norm_squared[t]);
+      for (size_t i = 0; i < terms; ++i) {
+        error -= 2 * coefficient[i] *
+                 static_cast<double>(records_->target_dot[t * static_cast<size_t>(experts_) +
+                                                          static_cast<size_t>(expert[i])]);
+      }
+    } else {
+      double intact_mass = 0;
+      for (int64_t i = 0; i < k_; ++i) intact_mass += mass[Ranked(t, i)];
+      const double intact_scale = normalize_ ? 1.0 / (intact_mass + epsilon_) : 1.0;
+      for (int64_t i = 0; i < k_; ++i) {  // subtract the intact weights
+        const int32_t e = Ranked(t, i);
+        const double w = mass[e] * intact_scale;
+        size_t at = 0;
+        while (at < terms && expert[at] != e) ++at;
+        if (at == terms) {
+          expert[terms] = e;
+          coefficient[terms++] = -w;
+        } else {
+          coefficient[at] -= w;
+        }
+      }
+    }
+    for (size_t i = 0; i < terms; ++i) {
+      error += coefficient[i] * coefficient[i] * Gram(t, expert[i], expert[i]);
+      for (size_t j = i + 1; j < terms; ++j) {
+        error += 2 * coefficient[i] * coefficient[j] * Gram(t, expert[i], expert[j]);
+      }
+    }
+    return std::max(error, 0.0);
+  }
+
+  int64_t experts_, k_, ranked_;
+  bool normalize_;
+  double epsilon_;
+  bool has_target_;
+  const TokenRecords* records_ = nullptr;
+  std::vector<int32_t> order_;      // [n, ranked] experts by falling logit
+  std::vector<double> mass_;        // [n, E] softmax
+  std::vector<double> intact_norm_; // [n]
+};
+
+}  // namespace
+
+uint64_t BinomialCoefficient(int64_t n, int64_t k) {
+  k = std::min(k, n - k);
+  if (k < 0) return 0;
+  uint64_t result = 1;
+  for (int64_t i = 1; i <= k; ++i) {
+    const auto factor = static_cast<uint64_t>(n - k + i);
+    if (result > std::numeric_limits<uint64_t>::max() / factor) {
+      return std::numeric_limits<uint64_t>::max();
+    }
+    result = result * factor / static_cast<uint64_t>(i);
+  }
+  return result;
+}
+
+void CheckNaee(const StatsInfo& info, int64_t keep) {
+  if (info.level != StatsLevel::kFull) {
+    throw UsageError(fmt::format("NAEE needs the outputs of all experts; these statistics have level {}",
+                                 StatsLevelName(info.level)),
+                     "observe again with --stats full");
+  }
+  if (keep < info.num_experts_per_tok) {
+    throw UsageError(fmt::format("--keep {}: each token uses {} experts", keep, info.num_experts_per_tok),
+                     "keep at least num_experts_per_tok experts");
+  }
+  if (info.num_experts_per_tok > 128) throw UsageError("more than 128 experts per token");
+  if (info.progressive_keep && *info.progressive_keep != keep) {
+    throw UsageError(fmt::format("these progressive statistics are for --keep {}, not {}",
+                                 *info.progressive_keep, keep),
+                     "progressive pruning chooses while it observes: observe again with this --keep");
+  }
+  for (const StatsLayer& layer : info.layers) {
+    if (keep >= layer.num_experts) {
+      throw UsageError(fmt::format("--keep {}: layer {} has {} experts, so none would go", keep,
+                                   layer.layer, layer.num_experts));
+    }
+    const uint64_t subsets = BinomialCoefficient(layer.num_experts, keep);
+    if (subsets > kMaxSubsets) {
+      throw UsageError(
+          fmt::format("keeping {} of {} experts means {} subsets a layer, more than the {} that are "
+                      "enumerated",
+                      keep, layer.num_experts,
+                      subsets == UINT64_MAX ? "over 10^19" : FormatCount(subsets), kMaxSubsets),
+          "keep more experts (each one less to drop divides the number)");
+    }
+  }
+}
+
+LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
+                     int64_t keep, ThreadPool& pool, const JobControl& control) {
+  const int64_t experts = layer.num_experts, num_dropped = experts - keep;
+  const std::vector<std::vector<int32_t>> subsets = Subsets(experts, num_dropped);
+  std::vector<double> loss(subsets.size());
+  Batch batch(info, experts, num_dropped, records.has_target());
+  TokenRecords tokens;
+  int64_t first = 0;
+  for (const int64_t num_tokens : info.BatchTokens()) {
+    control.Poll();
+    records.ReadTokens(first, num_tokens, tokens);
+    batch.Prepare(tokens);
+    first += num_tokens;
+    pool.Run(static_cast<int64_t>(subsets.size()), [&](int64_t i, int) {
+      const auto at = static_cast<size_t>(i);
+      std::vector<uint8_t> gone(static_cast<size_t>(experts));
+      for (const int32_t e : subsets[at]) gone[static_cast<size_t>(e)] = 1;
+      loss[at] += std::sqrt(batch.SquaredError(subsets[at], gone));
+    });
+  }
+  size_t best = 0;
+  for (size_t i = 1; i < loss.size(); ++i) {
+    if (loss[i] < loss[best]) best = i;
+  }
+  if (!std::isfinite(loss[best])) {
+    throw ModelError(fmt::format("layer {}: the statistics are not finite", layer.layer),
+                     "the weights hold NaN or Inf: see winnow doctor MODEL");
+  }
+  double second = std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < loss.size(); ++i) {
+    if (i != best) second = std::min(second, loss[i]);
+  }
+  LayerPlan plan;
+  plan.layer = layer.layer;
+  plan.num_experts = experts;
+  plan.dropped = subsets[best];
+  for (int32_t e = 0; e < experts; ++e) {
+    if (!std::binary_search(plan.dropped.begin(), plan.dropped.end(), e)) plan.kept.push_back(e);
+  }
+  plan.loss = loss[best];
+  if (std::isfinite(second) && loss[best] > 0) plan.margin = (second - loss[best]) / loss[best];
+  return plan;
+}
+
+}  // namespace winnow

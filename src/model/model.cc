@@ -1,0 +1,300 @@
+#include "model/model.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <memory>
+#include <unordered_set>
+
+#include "base/error.h"
+
+namespace winnow {
+
+uint64_t LayerSlices::CommonBytes() const {
+  uint64_t total = 0;
+  for (const TensorSlice* slice :
+       {&input_norm, &post_attention_norm, &q, &k, &v, &o, &q_bias, &k_bias, &v_bias, &o_bias,
+        &q_norm, &k_norm, &router, &shared.gate, &shared.up, &shared.down, &shared_router,
+        &dense.gate, &dense.up, &dense.down}) {
+    total += slice->bytes();
+  }
+  return total;
+}
+
+uint64_t LayerSlices::ExpertBytes() const {
+  uint64_t total = 0;
+  for (const FeedForwardSlices& expert : experts) {
+    total += expert.gate.bytes() + expert.up.bytes() + expert.down.bytes();
+  }
+  return total;
+}
+
+// Finds and checks every tensor of a model; see Model::FromCheckpoint.
+class ModelResolver {
+ public:
+  explicit ModelResolver(Model& model)
+      : model_(model), checkpoint_(*model.checkpoint_), config_(model.config_) {}
+
+  void Resolve() {
+    model_.embedding_ = Require("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
+    model_.final_norm_ = Vector("model.norm.weight", config_.hidden_size);
+    ResolveLmHead();
+    const auto num_layers = config_.num_layers();
+    model_.layers_.reserve(static_cast<size_t>(num_layers));
+    for (int64_t i = 0; i < num_layers; ++i) ResolveLayer(i);
+    ListUnknownTensors();
+  }
+
+ private:
+  TensorSlice Require(const std::string& name, int64_t rows, int64_t cols) {
+    const TensorInfo* tensor = checkpoint_.Find(name);
+    if (tensor == nullptr) {
+      throw ModelError(fmt::format("{}: tensor {} is missing, expected shape [{}, {}]",
+                                   checkpoint_.folder().string(), name, rows, cols),
+                       "the checkpoint is incomplete or its config.json is of another model");
+    }
+    return Check(*tensor, rows, cols, {static_cast<uint64_t>(rows), static_cast<uint64_t>(cols)});
+  }
+  TensorSlice Vector(const std::string& name, int64_t size) {
+    const TensorInfo* tensor = checkpoint_.Find(name);
+    if (tensor == nullptr) {
+      throw ModelError(fmt::format("{}: tensor {} is missing, expected shape [{}]",
+                                   checkpoint_.folder().string(), name, size),
+                       "the checkpoint is incomplete or its config.json is of another model");
+    }
+    return Check(*tensor, 1, size, {static_cast<uint64_t>(size)});
+  }
+  TensorSlice Check(const TensorInfo& tensor, int64_t rows, int64_t cols,
+                    const std::vector<uint64_t>& shape) {
+    if (tensor.shape != shape) {
+      throw ModelError(fmt::format("{}: tensor {}: expected shape [{}], got {}",
+                                   checkpoint_.folder().string(), tensor.name,
+                                   fmt::join(shape, ", "), tensor.Describe()),
+                       "the tensor does not fit config.json; fetch both from the same revision");
+    }
+    if (!IsComputeDtype(tensor.dtype)) {
+      throw ModelError(fmt::format("{}: tensor {}: expected F32, F16 or BF16, got {}",
+                                   checkpoint_.folder().string(), tensor.name, tensor.Describe()),
+                       "convert the checkpoint to bfloat16 first");
+    }
+    known_.insert(&tensor);
+    return {&tensor, 0, rows, cols};
+  }
+
+  void ResolveLmHead() {
+    const TensorInfo* head = checkpoint_.Find("lm_head.weight");
+    if (head == nullptr && config_.tie_word_embeddings) {
+      model_.lm_head_ = model_.embedding_;
+      return;
+    }
+    model_.lm_head_ = Require("lm_head.weight", config_.vocab_size, config_.hidden_size);
+    if (config_.tie_word_embeddings) model_.lm_head_ = model_.embedding_;  // stored copy is ignored
+  }
+
+  void ResolveLayer(int64_t index) {
+    const std::string prefix = fmt::format("model.layers.{}.", index);
+    const LayerConfig& layer = config_.layers[static_cast<size_t>(index)];
+    const int64_t hidden = config_.hidden_size;
+    LayerSlices slices;
+    slices.input_norm = Vector(prefix + "input_layernorm.weight", hidden);
+    slices.post_attention_norm = Vector(prefix + "post_attention_layernorm.weight", hidden);
+    const std::string attention = prefix + "self_attn.";
+    slices.q = Require(attention + "q_proj.weight", config_.query_width(), hidden);
+    slices.k = Require(attention + "k_proj.weight", config_.kv_width(), hidden);
+    slices.v = Require(attention + "v_proj.weight", config_.kv_width(), hidden);
+    slices.o = Require(attention + "o_proj.weight", hidden, config_.query_width());
+    if (config_.qkv_bias) {
+      slices.q_bias = Vector(attention + "q_proj.bias", config_.query_width());
+      slices.k_bias = Vector(attention + "k_proj.bias", config_.kv_width());
+      slices.v_bias = Vector(attention + "v_proj.bias", config_.kv_width());
+    }
+    if (config_.output_bias) slices.o_bias = Vector(attention + "o_proj.bias", hidden);
+    if (config_.qk_norm != QkNorm::kNone) {
+      const bool per_head = config_.qk_norm == QkNorm::kPerHead;
+      slices.q_norm = Vector(attention + "q_norm.weight",
+                             per_head ? config_.head_dim : config_.query_width());
+      slices.k_norm =
+          Vector(attention + "k_norm.weight", per_head ? config_.head_dim : config_.kv_width());
+    }
+    const FamilyTensorNames& names = config_.family->names;
+    if (layer.is_moe) {
+      ResolveExperts(index, prefix, layer, slices);
+    } else {
+      slices.dense = FeedForward(prefix, names.dense_gate, names.dense_up, names.dense_down,
+                                 layer.dense_width);
+    }
+    if (layer.is_moe && layer.shared_width > 0) {
+      slices.shared = FeedForward(prefix, names.shared_gate, names.shared_up, names.shared_down,
+                                  layer.shared_width);
+      if (config_.shared_expert_gated) {
+        slices.shared_router = Require(prefix + std::string(names.shared_router), 1, hidden);
+      }
+    }
+    model_.layers_.push_back(std::move(slices));
+  }
+
+  FeedForwardSlices FeedForward(const std::string& prefix, std::string_view gate,
+                                std::string_view up, std::string_view down, int64_t width) {
+    FeedForwardSlices slices;
+    slices.gate = Require(prefix + std::string(gate), width, config_.hidden_size);
+    slices.up = Require(prefix + std::string(up), width, config_.hidden_size);
+    slices.down = Require(prefix + std::string(down), config_.hidden_size, width);
+    return slices;
+  }
+
+  void ResolveExperts(int64_t index, const std::string& prefix, const LayerConfig& layer,
+                      LayerSlices& slices) {
+    const FamilyTensorNames& names = config_.family->names;
+    const auto layer_id = static_cast<int32_t>(index);
+    const std::string fused_name = prefix + std::string(names.fused_gate_up);
+    const bool fused = checkpoint_.Find(fused_name) != nullptr;
+    const bool per_expert =
+        checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
+    if (fused && per_expert) {
+      throw ModelError(fmt::format("{}: layer {} has both fused and per-expert tensors",
+                                   checkpoint_.folder().string(), index),
+                       "remove one of the two layouts");
+    }
+    ResolveRouter(layer_id, prefix, fused, layer, slices);
+    if (fused) {
+      ResolveFused(layer_id, prefix, layer, slices);
+      return;
+    }
+    for (int64_t e = 0; e < layer.num_experts; ++e) {
+      slices.experts.push_back(FeedForward(
+          prefix, ExpertName(names.expert_gate, e), ExpertName(names.expert_up, e),
+          ExpertName(names.expert_down, e), layer.expert_width));
+      for (const TensorSlice* slice : {&slices.experts.back().gate, &slices.experts.back().up,
+                                       &slices.experts.back().down}) {
+        model_.roles_[slice->tensor->name] = {TensorKind::kExpert, layer_id,
+                                              static_cast<int32_t>(e)};
+      }
+    }
+    const std::string beyond = prefix + ExpertName(names.expert_gate, layer.num_experts);
+    if (checkpoint_.Find(beyond) != nullptr) {
+      throw ModelError(fmt::format("{}: tensor {} exists, but config.json says {} experts",
+                                   checkpoint_.folder().string(), beyond, layer.num_experts),
+                       "config.json and the weights are of different models");
+    }
+  }
+
+  void ResolveRouter(int32_t layer_id, const std::string& prefix, bool fused,
+                     const LayerConfig& layer, LayerSlices& slices) {
+    const FamilyTensorNames& names = config_.family->names;
+    std::string name = prefix + std::string(fused ? names.fused_router : names.router);
+    if (fused && checkpoint_.Find(name) == nullptr) name = prefix + std::string(names.router);
+    slices.router = Require(name, layer.num_experts, config_.hidden_size);
+    model_.roles_[name] = {TensorKind::kExpertAxis0, layer_id, -1};
+  }
+
+  void ResolveFused(int32_t layer_id, const std::string& prefix, const LayerConfig& layer,
+                    LayerSlices& slices) {
+    const FamilyTensorNames& names = config_.family->names;
+    const int64_t hidden = config_.hidden_size, width = layer.expert_width;
+    const TensorInfo* both = checkpoint_.Find(prefix + std::string(names.fused_gate_up));
+    const TensorInfo* down = checkpoint_.Find(prefix + std::string(names.fused_down));
+    const auto experts = static_cast<uint64_t>(layer.num_experts);
+    const auto h = static_cast<uint64_t>(hidden), i = static_cast<uint64_t>(width);
+    if (down == nullptr) {
+      throw ModelError(fmt::format("{}: tensor {}{} is missing", checkpoint_.folder().string(), prefix,
+                                   names.fused_down));
+    }
+    // [E, hidden, 2I] is the transposed orientation some trainers write.
+    if (both->shape == std::vector<uint64_t>{experts, h, 2 * i} && h != 2 * i) {
+      throw ModelError(fmt::format("{}: tensor {} is stored transposed ({}), expected [{}, {}, {}]",
+                                   checkpoint_.folder().string(), both->name, both->Describe(), experts,
+                                   2 * i, h),
+                       "save the checkpoint in its original per-expert format");
+    }
+    Check(*both, 0, 0, {experts, 2 * i, h});
+    Check(*down, 0, 0, {experts, h, i});
+    const uint64_t matrix = h * i * (DtypeBits(both->dtype) / 8);
+    const uint64_t down_matrix = h * i * (DtypeBits(down->dtype) / 8);
+    for (uint64_t e = 0; e < experts; ++e) {
+      FeedForwardSlices expert;
+      expert.gate = {both, 2 * e * matrix, width, hidden};
+      expert.up = {both, (2 * e + 1) * matrix, width, hidden};
+      expert.down = {down, e * down_matrix, hidden, width};
+      slices.experts.push_back(expert);
+    }
+    for (const TensorInfo* tensor : {both, down}) {
+      model_.roles_[tensor->name] = {TensorKind::kExpertAxis0, layer_id, -1};
+    }
+  }
+
+  static std::string ExpertName(std::string_view pattern, int64_t expert) {
+    std::string name(pattern);
+    if (const size_t at = name.find("{e}"); at != std::string::npos) {
+      name.replace(at, 3, std::to_string(expert));
+    }
+    return name;
+  }
+
+  void ListUnknownTensors() {
+    std::vector<std::string> unknown;
+    for (const TensorInfo& tensor : checkpoint_.tensors()) {
+      uint64_t count = 1;
+      for (const uint64_t dim : tensor.shape) count *= dim;  // checked when the header was read
+      model_.parameter_count_ += count;
+      if (known_.contains(checkpoint_.Find(tensor.name))) continue;
+      // Old exports carry the frequencies; they follow from the config.
+      if (tensor.name.ends_with(".rotary_emb.inv_freq")) continue;
+      unknown.push_back(tensor.name);
+    }
+    model_.findings_ = checkpoint_.findings();
+    if (!unknown.empty()) {
+      const size_t shown = std::min<size_t>(unknown.size(), 4);
+      model_.findings_.push_back(fmt::format(
+          "{} tensors are no part of a {} model and are carried through unread: {}{}",
+          unknown.size(), config_.family->model_type,
+          fmt::join(unknown.begin(), unknown.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
+          unknown.size() > shown ? ", ..." : ""));
+    }
+  }
+
+  Model& model_;
+  const Checkpoint& checkpoint_;
+  const ModelConfig& config_;
+  std::unordered_set<const TensorInfo*> known_;
+};
+
+Model Model::Open(const fs::path& folder) { return FromCheckpoint(Checkpoint::Open(folder)); }
+
+Model Model::FromCheckpoint(Checkpoint checkpoint) {
+  Model model;
+  model.checkpoint_ = std::make_unique<Checkpoint>(std::move(checkpoint));
+  model.config_ = ParseModelConfig(model.checkpoint_->config(),
+                                   (model.checkpoint_->folder() / "config.json").string());
+  ModelResolver(model).Resolve();
+  return model;
+}
+
+TensorRole Model::RoleOf(const std::string& tensor_name) const {
+  const auto it = roles_.find(tensor_name);
+  return it == roles_.end() ? TensorRole{} : it->second;
+}
+
+std::string Model::RenameExpert(const std::string& tensor_name, int32_t from, int32_t to) const {
+  const std::string before = fmt::format("experts.{}.", from);
+  std::string name = tensor_name;
+  if (const size_t at = name.find(before); at != std::string::npos) {
+    name.replace(at, before.size(), fmt::format("experts.{}.", to));
+  }
+  return name;
+}
+
+uint64_t Model::active_parameter_count() const {
+  uint64_t count = parameter_count_;
+  const auto h = static_cast<uint64_t>(config_.hidden_size);
+  for (const LayerConfig& layer : config_.layers) {
+    if (!layer.is_moe) continue;
+    const auto idle = static_cast<uint64_t>(layer.num_experts - config_.num_experts_per_tok);
+    count -= idle * 3 * h * static_cast<uint64_t>(layer.expert_width);
+  }
+  if (lm_head_.tensor != embedding_.tensor) {
+    count -= (static_cast<uint64_t>(config_.vocab_size) - 1) * h;
+  }
+  return count;
+}
+
+}  // namespace winnow

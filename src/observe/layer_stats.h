@@ -1,0 +1,81 @@
+// One MoE layer's statistics on disk: `layer-NNNN.safetensors` in a statistics folder.
+//
+// Per-token records (T tokens, E experts, k per token):
+//   router_logits          F32 [T, E]
+//   gram                   F32 [T, E(E+1)/2]  f_i . f_j, upper triangle by rows            (full)
+//   selected_norm          F32 [T, k]  |f_e| of the selected experts, best first          (routed)
+//   residual_norm_squared  F32 [T]     |h|^2 of the stream before the block
+//   stream_norm_squared    F32 [T]     |h'|^2 after the block
+//   residual_dot_routed    F32 [T]     h . z
+//   target_dot             F32 [T, E]  f_e . z*, z* the intact model's routed output       (progressive)
+//   target_norm_squared    F32 [T]     |z*|^2                                              (progressive)
+// Sums by source s, in F64 over tokens in order: sums.{s}.tokens I64 [E] (coverage), sums.{s}.weight [E],
+//   sums.{s}.selected_output, .weighted_output, .squared_weight_output [E, hidden] (routed, full) and
+//   .output [E, hidden] (full).
+// The layout is fixed when the file is created, so records are written where they belong while the layer
+// runs and nothing is held in memory.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "base/aligned_buffer.h"          // AlignedBuffer
+#include "base/file.h"                    // File, fs
+#include "checkpoint/safetensors_file.h"  // SafetensorsFile
+#include "observe/stats_info.h"           // StatsInfo
+
+namespace winnow {
+
+// The tensors of a layer's file, in order.
+std::vector<TensorInfo> LayerStatsLayout(const StatsInfo& info, const StatsLayer& layer);
+// Bytes of all layer files, for the disk check.
+uint64_t StatsBytes(const StatsInfo& info);
+
+class LayerStatsWriter {
+ public:
+  LayerStatsWriter(const fs::path& folder, const StatsInfo& info, const StatsLayer& layer);
+  // Rows [first_token, first_token + data.size() / columns) of a per-token record.
+  void WriteRecords(const std::string& name, int64_t first_token, std::span<const float> data);
+  void WriteWhole(const std::string& name, std::span<const std::byte> data);
+  void WriteBytes(const std::string& name, uint64_t offset, std::span<const std::byte> data);
+  // Syncs and renames into place.
+  void Finish();
+
+ private:
+  const TensorInfo& Find(const std::string& name) const;
+  fs::path path_;
+  File file_;
+  std::vector<TensorInfo> tensors_;
+};
+
+// Records of consecutive tokens, as plans read them.
+struct TokenRecords {
+  int64_t num_tokens = 0;
+  std::vector<float> router_logits;        // [n, E]
+  std::vector<float> gram;                 // [n, E(E+1)/2]
+  std::vector<float> target_dot;           // [n, E], progressive only
+  std::vector<float> target_norm_squared;  // [n], progressive only
+};
+
+class LayerStatsReader {
+ public:
+  // ModelError if the file does not have the layout `info` promises.
+  LayerStatsReader(const fs::path& folder, const StatsInfo& info, const StatsLayer& layer);
+  void ReadTokens(int64_t first_token, int64_t num_tokens, TokenRecords& out) const;
+  bool has_target() const { return has_target_; }
+  // Tokens that selected each expert, over all sources [E].
+  std::vector<int64_t> Coverage() const;
+  const SafetensorsFile& file() const { return file_; }
+
+ private:
+  void ReadRows(const char* name, int64_t first, int64_t count, std::vector<float>& out) const;
+  SafetensorsFile file_;
+  size_t num_sources_;
+  int64_t num_experts_;
+  bool has_target_;
+};
+
+}  // namespace winnow

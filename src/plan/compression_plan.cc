@@ -1,0 +1,214 @@
+#include "plan/compression_plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "base/error.h"
+
+namespace winnow {
+namespace {
+
+constexpr const char* kSchema = "winnow.plan/1";
+constexpr const char* kHint = "see the plan format in docs/FORMATS.md, or make one with winnow plan";
+
+[[noreturn]] void Fail(const std::string& where, const std::string& key, const std::string& expected) {
+  throw ModelError(fmt::format("{}: \"{}\": expected {}", where, key, expected), kHint);
+}
+
+void RefuseUnknownKeys(const Json& json, const std::string& where,
+                       std::initializer_list<const char*> known) {
+  if (!json.is_object()) throw ModelError(fmt::format("{}: expected an object", where), kHint);
+  for (const auto& [key, value] : json.items()) {
+    if (std::find(known.begin(), known.end(), key) != known.end()) continue;
+    std::string list;
+    for (const char* name : known) list += fmt::format("{}{}", list.empty() ? "" : ", ", name);
+    throw ModelError(fmt::format("{}: unknown key \"{}\"", where, key),
+                     fmt::format("known keys: {}", list));
+  }
+}
+
+std::string TextOr(const Json& json, const std::string& where, const char* key) {
+  const auto it = json.find(key);
+  if (it == json.end() || it->is_null()) return {};
+  if (!it->is_string()) Fail(where, key, "a string");
+  return it->get<std::string>();
+}
+
+int64_t IntegerOr(const Json& json, const std::string& where, const char* key, int64_t fallback) {
+  const auto it = json.find(key);
+  if (it == json.end() || it->is_null()) return fallback;
+  // Re-serialised by a program without integers, 4 may have become 4.0.
+  if (!it->is_number() || it->get<double>() != static_cast<double>(it->get<int64_t>()) ||
+      it->get<double>() < 0) {
+    Fail(where, key, "a non-negative integer");
+  }
+  return it->get<int64_t>();
+}
+
+std::optional<double> NumberOr(const Json& json, const std::string& where, const char* key) {
+  const auto it = json.find(key);
+  if (it == json.end() || it->is_null()) return std::nullopt;
+  if (!it->is_number()) Fail(where, key, "a number");
+  return it->get<double>();
+}
+
+std::vector<int32_t> ExpertList(const Json& json, const std::string& where, const char* key) {
+  const auto it = json.find(key);
+  if (it == json.end()) return {};
+  if (!it->is_array() || it->size() > 65536) Fail(where, key, "a list of expert numbers");
+  std::vector<int32_t> list;
+  for (const Json& item : *it) {
+    if (!item.is_number() || item.get<double>() < 0 || item.get<double>() > 65535 ||
+        item.get<double>() != static_cast<double>(item.get<int32_t>())) {
+      Fail(where, key, "a list of expert numbers");
+    }
+    list.push_back(item.get<int32_t>());
+  }
+  return list;
+}
+
+LayerPlan LayerFromJson(const Json& json, const std::string& where) {
+  RefuseUnknownKeys(json, where, {"layer", "num_experts", "kept", "dropped", "loss", "margin"});
+  if (!json.contains("layer")) Fail(where, "layer", "a decoder layer number");
+  if (!json.contains("kept")) Fail(where, "kept", "a list of expert numbers");
+  LayerPlan layer;
+  layer.layer = static_cast<int32_t>(std::min<int64_t>(IntegerOr(json, where, "layer", 0), INT32_MAX));
+  layer.num_experts = IntegerOr(json, where, "num_experts", 0);
+  layer.kept = ExpertList(json, where, "kept");
+  layer.dropped = ExpertList(json, where, "dropped");
+  layer.loss = NumberOr(json, where, "loss");
+  layer.margin = NumberOr(json, where, "margin");
+  return layer;
+}
+
+bool StrictlyAscending(const std::vector<int32_t>& list) {
+  return std::adjacent_find(list.begin(), list.end(), std::greater_equal<>()) == list.end();
+}
+
+}  // namespace
+
+OrderedJson PlanToJson(const CompressionPlan& plan) {
+  OrderedJson layers = OrderedJson::array();
+  for (const LayerPlan& layer : plan.layers) {
+    layers.push_back({{"layer", layer.layer},
+                      {"num_experts", layer.num_experts},
+                      {"kept", layer.kept},
+                      {"dropped", layer.dropped},
+                      {"loss", layer.loss ? OrderedJson(*layer.loss) : OrderedJson()},
+                      {"margin", layer.margin ? OrderedJson(*layer.margin) : OrderedJson()}});
+  }
+  return {{"schema", kSchema},
+          {"method", plan.method},
+          {"search", plan.search},
+          {"objective", plan.objective},
+          {"target", plan.target},
+          {"model", {{"model_type", plan.model_type}, {"fingerprint", plan.model_fingerprint}}},
+          {"calibration", {{"sources", plan.sources}, {"tokens", plan.calibration_tokens}}},
+          {"predicted", {{"bytes_before", plan.bytes_before}, {"bytes_after", plan.bytes_after}}},
+          {"layers", layers}};
+}
+
+CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
+  RefuseUnknownKeys(json, where, {"schema", "method", "search", "objective", "target", "model",
+                                  "calibration", "predicted", "layers"});
+  if (TextOr(json, where, "schema") != kSchema) Fail(where, "schema", fmt::format("\"{}\"", kSchema));
+  CompressionPlan plan;
+  plan.method = TextOr(json, where, "method");
+  plan.search = TextOr(json, where, "search");
+  plan.objective = TextOr(json, where, "objective");
+  plan.target = TextOr(json, where, "target");
+  if (!json.contains("model")) Fail(where, "model", "an object with model_type");
+  RefuseUnknownKeys(json["model"], where + ": model", {"model_type", "fingerprint"});
+  plan.model_type = TextOr(json["model"], where, "model_type");
+  plan.model_fingerprint = TextOr(json["model"], where, "fingerprint");
+  if (json.contains("calibration")) {
+    const Json& calibration = json["calibration"];
+    RefuseUnknownKeys(calibration, where + ": calibration", {"sources", "tokens"});
+    if (calibration.contains("sources")) {
+      for (const Json& name : calibration["sources"]) {
+        if (!name.is_string()) Fail(where, "calibration.sources", "a list of names");
+        plan.sources.push_back(name.get<std::string>());
+      }
+    }
+    plan.calibration_tokens = IntegerOr(calibration, where, "tokens", 0);
+  }
+  if (json.contains("predicted")) {
+    const Json& predicted = json["predicted"];
+    RefuseUnknownKeys(predicted, where + ": predicted", {"bytes_before", "bytes_after"});
+    plan.bytes_before = static_cast<uint64_t>(IntegerOr(predicted, where, "bytes_before", 0));
+    plan.bytes_after = static_cast<uint64_t>(IntegerOr(predicted, where, "bytes_after", 0));
+  }
+  if (!json.contains("layers") || !json["layers"].is_array()) Fail(where, "layers", "a list");
+  for (const Json& item : json["layers"]) {
+    plan.layers.push_back(
+        LayerFromJson(item, fmt::format("{}: layers[{}]", where, plan.layers.size())));
+  }
+  return plan;
+}
+
+CompressionPlan ReadPlan(const fs::path& path) {
+  return PlanFromJson(ParseJson(ReadTextFile(path), path.string()), path.string());
+}
+
+void CheckPlan(const CompressionPlan& plan, const Model& model) {
+  const ModelConfig& config = model.config();
+  if (!plan.model_type.empty() && plan.model_type != config.family->model_type) {
+    throw UsageError(fmt::format("the plan is for a {} model, this is {}", plan.model_type,
+                                 config.family->model_type),
+                     "make a plan from statistics of this model");
+  }
+  if (!plan.model_fingerprint.empty() &&
+      plan.model_fingerprint != model.checkpoint().FingerprintHex()) {
+    throw UsageError("the plan was made for another model (its fingerprint differs)",
+                     "make a plan from statistics of this model; to apply it all the same, remove "
+                     "model.fingerprint from the plan");
+  }
+  std::vector<int32_t> planned;
+  for (const LayerPlan& layer : plan.layers) {
+    const std::string where = fmt::format("the plan for layer {}", layer.layer);
+    if (layer.layer >= config.num_layers() ||
+        !config.layers[static_cast<size_t>(layer.layer)].is_moe) {
+      throw UsageError(fmt::format("{}: the model has no experts there", where));
+    }
+    const int64_t experts = config.layers[static_cast<size_t>(layer.layer)].num_experts;
+    if (layer.num_experts != 0 && layer.num_experts != experts) {
+      throw UsageError(fmt::format("{} expects {} experts, the model has {}", where,
+                                   layer.num_experts, experts));
+    }
+    if (!StrictlyAscending(layer.kept) || layer.kept.empty() || layer.kept.back() >= experts) {
+      throw UsageError(fmt::format("{}: `kept` must be ascending expert numbers below {}", where,
+                                   experts));
+    }
+    if (static_cast<int64_t>(layer.kept.size()) < config.num_experts_per_tok) {
+      throw UsageError(fmt::format("{} keeps {} experts, but each token uses {}", where,
+                                   layer.kept.size(), config.num_experts_per_tok),
+                       "keep at least num_experts_per_tok experts");
+    }
+    for (const int32_t expert : layer.dropped) {
+      if (expert >= experts || std::binary_search(layer.kept.begin(), layer.kept.end(), expert)) {
+        throw UsageError(fmt::format("{}: expert {} is both kept and dropped, or does not exist",
+                                     where, expert));
+      }
+    }
+    if (!layer.dropped.empty() &&
+        static_cast<int64_t>(layer.kept.size() + layer.dropped.size()) != experts) {
+      throw UsageError(fmt::format("{}: kept and dropped experts are not all {}", where, experts));
+    }
+    planned.push_back(layer.layer);
+  }
+  if (planned != config.MoeLayers()) {
+    throw UsageError(fmt::format("the plan names {} layers, the model has {} MoE layers",
+                                 planned.size(), config.MoeLayers().size()),
+                     "a plan lists every MoE layer once, in ascending order");
+  }
+}
+
+std::vector<std::vector<int32_t>> KeptExperts(const CompressionPlan& plan, int64_t num_layers) {
+  std::vector<std::vector<int32_t>> kept(static_cast<size_t>(num_layers));
+  for (const LayerPlan& layer : plan.layers) kept[static_cast<size_t>(layer.layer)] = layer.kept;
+  return kept;
+}
+
+}  // namespace winnow
