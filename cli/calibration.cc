@@ -10,9 +10,10 @@
 namespace winnow::cli {
 
 void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags) {
-  verb.add_option("--calib", flags.sources,
-                  "Calibration text: .txt, .jsonl (also .xz .zst .gz) or token ids in .safetensors;\n"
-                  "FILE:SHARE weighs several")
+  verb.add_option(
+          "--calib", flags.sources,
+          "Calibration text: .txt, .jsonl (also .xz .zst .gz) or token ids in .safetensors;\n"
+          "FILE:SHARE weighs several")
       ->required();
   verb.add_option("--blocks", flags.blocks.num_blocks, "Blocks over all texts (default 128)")
       ->check(CLI::PositiveNumber);
@@ -48,8 +49,9 @@ std::vector<SourceBlocks> LoadCalibration(const Session& session, const Model& m
       const int64_t length = source.sequences.offsets[static_cast<size_t>(i) + 1] -
                              source.sequences.offsets[static_cast<size_t>(i)];
       if (length > context) {
-        session.control().Warn(fmt::format("{}: sequences of {} tokens exceed the model's context of {}",
-                                           source.name, length, context));
+        session.control().Warn(
+            fmt::format("{}: sequences of {} tokens exceed the model's context of {}", source.name,
+                        length, context));
         break;
       }
     }

@@ -45,10 +45,11 @@ int RunApply(Session& session, const ApplyFlags& flags) {
                        {"audited_tensors", result.audited_tensors},
                        {"peak_rss_bytes", PeakResidentBytes()}});
   } else {
-    session.Note(fmt::format("wrote {} at {}/s; audited {} tensors", flags.output,
-                             FormatBytes(static_cast<uint64_t>(static_cast<double>(result.bytes_written) /
-                                                               std::max(result.seconds, 1e-3))),
-                             result.audited_tensors));
+    session.Note(
+        fmt::format("wrote {} at {}/s; audited {} tensors", flags.output,
+                    FormatBytes(static_cast<uint64_t>(static_cast<double>(result.bytes_written) /
+                                                      std::max(result.seconds, 1e-3))),
+                    result.audited_tensors));
     session.PrintUsage();
   }
   return 0;
@@ -62,7 +63,8 @@ void AddApply(CLI::App& app, Session& session) {
   verb->add_option("MODEL", flags->model, "Checkpoint folder the plan was made for")->required();
   verb->add_option("--plan", flags->plan, "plan.json")->required();
   verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")->required();
-  verb->add_option("--dtype", flags->dtype, "Convert the weights: f32, bf16 or f16 (default: as they are)")
+  verb->add_option("--dtype", flags->dtype,
+                   "Convert the weights: f32, bf16 or f16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, true);

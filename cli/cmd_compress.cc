@@ -26,7 +26,8 @@ struct CompressFlags {
 };
 
 // The statistics, from an earlier unfinished run if it got that far.
-StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model, const fs::path& stats) {
+StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
+                  const fs::path& stats) {
   ObserveOptions& options = flags.observe;
   options.level = StatsLevel::kFull;
   if (flags.progressive) {
@@ -88,13 +89,16 @@ int RunCompress(Session& session, CompressFlags& flags) {
     const auto before = Evaluate(session, model, texts, {}, spill);
     const auto after = Evaluate(session, smaller, texts, {}, spill);
     for (size_t i = 0; i < texts.size(); ++i) rows.push_back({texts[i].name, after[i], before[i]});
-    std::string measured = fmt::format("Protocol `{}`: {}.\n\n| text | tokens | original | pruned | d nll +- s.e. |\n"
-                                       "|---|--:|--:|--:|--:|\n", protocol.name, protocol.description);
+    std::string measured = fmt::format(
+        "Protocol `{}`: {}.\n\n| text | tokens | original | pruned | d nll +- s.e. |\n"
+        "|---|--:|--:|--:|--:|\n",
+        protocol.name, protocol.description);
     for (const EvalRow& row : rows) {
       const PairedDifference d = Compare(*row.original, row.result);
-      measured += fmt::format("| {} | {} | {:.3f} | {:.3f} | {:+.4f} +- {:.4f} |\n", row.name,
-                              FormatCount(static_cast<uint64_t>(row.result.tokens)),
-                              row.original->perplexity, row.result.perplexity, d.nll, d.standard_error);
+      measured +=
+          fmt::format("| {} | {} | {:.3f} | {:.3f} | {:+.4f} +- {:.4f} |\n", row.name,
+                      FormatCount(static_cast<uint64_t>(row.result.tokens)),
+                      row.original->perplexity, row.result.perplexity, d.nll, d.standard_error);
     }
     WriteFileAtomically(fs::path(flags.output) / CardFileName(model.checkpoint()),
                         ModelCard(plan, rewrite, measured));
@@ -113,11 +117,11 @@ int RunCompress(Session& session, CompressFlags& flags) {
     session.PrintJson(json);
     return 0;
   }
-  session.Print(fmt::format("{}: {} -> {} ({:.0f} % of the weights), {} of {} experts a layer", flags.output,
-                            FormatBytes(rewrite.bytes_before), FormatBytes(rewrite.bytes_after),
-                            100.0 * static_cast<double>(rewrite.bytes_after) /
-                                static_cast<double>(rewrite.bytes_before),
-                            flags.keep, info.layers.front().num_experts));
+  session.Print(fmt::format(
+      "{}: {} -> {} ({:.0f} % of the weights), {} of {} experts a layer", flags.output,
+      FormatBytes(rewrite.bytes_before), FormatBytes(rewrite.bytes_after),
+      100.0 * static_cast<double>(rewrite.bytes_after) / static_cast<double>(rewrite.bytes_before),
+      flags.keep, info.layers.front().num_experts));
   session.Print(fmt::format("pruned in {}, peak memory {}", FormatSeconds(pruned_seconds),
                             FormatBytes(PeakResidentBytes())));
   if (!rows.empty()) session.Print(EvalTable(rows, flags.protocol));
@@ -130,7 +134,8 @@ void AddCompress(CLI::App& app, Session& session) {
   auto flags = std::make_shared<CompressFlags>();
   CLI::App* verb = app.add_subcommand("compress", "Observe, plan, apply and evaluate in one");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
-  verb->add_option("--keep", flags->keep, "Experts to keep in each layer")->required()
+  verb->add_option("--keep", flags->keep, "Experts to keep in each layer")
+      ->required()
       ->check(CLI::PositiveNumber);
   AddCalibrationFlags(*verb, flags->calibration);
   verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")->required();
@@ -138,15 +143,19 @@ void AddCompress(CLI::App& app, Session& session) {
   verb->add_option("--protocol", flags->protocol, "Perplexity protocol (default bos-512)");
   verb->add_option("--tokens", flags->max_tokens, "Tokens of each text (default 8192)")
       ->check(CLI::PositiveNumber);
-  verb->add_flag("--progressive", flags->progressive, "Choose each layer on the already pruned stream");
-  verb->add_option("-b,--batch", flags->observe.batch, "Sequences in a batch of the published loss (default 8)")
+  verb->add_flag("--progressive", flags->progressive,
+                 "Choose each layer on the already pruned stream");
+  verb->add_option("-b,--batch", flags->observe.batch,
+                   "Sequences in a batch of the published loss (default 8)")
       ->check(CLI::PositiveNumber);
-  verb->add_option("--target", flags->target, "Loader the result must satisfy: transformers, vllm, llama.cpp");
+  verb->add_option("--target", flags->target,
+                   "Loader the result must satisfy: transformers, vllm, llama.cpp");
   verb->add_flag("--keep-stats", flags->keep_stats, "Leave the statistics in OUT.work");
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, true);
   session.AddReportFlags(*verb);
-  verb->footer("Example: winnow compress MODEL --keep 6 --calib text.txt -o SMALLER --text eval.txt");
+  verb->footer(
+      "Example: winnow compress MODEL --keep 6 --calib text.txt -o SMALLER --text eval.txt");
   verb->callback([&session, flags] {
     session.action = [&session, flags] { return RunCompress(session, *flags); };
   });

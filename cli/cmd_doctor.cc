@@ -14,9 +14,8 @@ struct DoctorFlags {
 
 int RunDoctor(Session& session, const DoctorFlags& flags) {
   const HealthReport report =
-      flags.path.empty()
-          ? CheckMachine(fs::current_path())
-          : CheckPath(flags.path, !flags.quick, session.pool(), session.control());
+      flags.path.empty() ? CheckMachine(fs::current_path())
+                         : CheckPath(flags.path, !flags.quick, session.pool(), session.control());
   session.FinishProgress();
   if (session.flags.json) {
     session.PrintJson({{"schema", "winnow.doctor/1"},
@@ -39,8 +38,9 @@ int RunDoctor(Session& session, const DoctorFlags& flags) {
 void AddDoctor(CLI::App& app, Session& session) {
   auto flags = std::make_shared<DoctorFlags>();
   CLI::App* verb = app.add_subcommand("doctor", "Check the machine, or a file or folder");
-  verb->add_option("PATH", flags->path,
-                   "Model folder, .safetensors, tokenizer.json, plan or statistics (default: the machine)");
+  verb->add_option(
+      "PATH", flags->path,
+      "Model folder, .safetensors, tokenizer.json, plan or statistics (default: the machine)");
   verb->add_flag("--quick", flags->quick, "Do not read the weights (no NaN, Inf and zero counts)");
   session.AddComputeFlags(*verb);
   session.AddReportFlags(*verb);

@@ -32,8 +32,8 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
   const int64_t context = model.config().max_position_embeddings;
   for (const EvalText& text : texts) {
     if (context > 0 && text.windows.inputs.longest() > context) {
-      session.Warn(fmt::format("{}: windows of {} tokens exceed the model's context of {}", text.name,
-                               text.windows.inputs.longest(), context));
+      session.Warn(fmt::format("{}: windows of {} tokens exceed the model's context of {}",
+                               text.name, text.windows.inputs.longest(), context));
     }
   }
   std::vector<PerplexityResult> original;
@@ -57,8 +57,9 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
   if (session.flags.json) {
     session.PrintJson(EvalJson(rows, name));
   } else {
-    session.Print(EvalTable(rows, flags.ids.empty() ? protocol.name + " (" + protocol.description + ")"
-                                                    : "ids (rows are windows, positions 1.. scored)"));
+    session.Print(EvalTable(rows, flags.ids.empty()
+                                      ? protocol.name + " (" + protocol.description + ")"
+                                      : "ids (rows are windows, positions 1.. scored)"));
     session.PrintUsage();
   }
   return 0;

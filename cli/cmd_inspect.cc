@@ -40,16 +40,18 @@ int RunInspect(Session& session, const std::string& folder) {
   }
   const uint64_t total = model.checkpoint().total_bytes();
   const int64_t experts = config.UniformExperts().value_or(0), k = config.num_experts_per_tok;
-  const uint64_t active = total - (moe.empty() ? 0 : moe.size() * static_cast<uint64_t>(experts - k) * one_expert);
+  const uint64_t active =
+      total - (moe.empty() ? 0 : moe.size() * static_cast<uint64_t>(experts - k) * one_expert);
   const int threads = session.pool().num_threads();
   const uint64_t observe = moe.empty() ? 0 : ObserveBytes(model, 128, threads);
   std::vector<int64_t> exact;  // keeps NAEE can enumerate
   for (int64_t keep = std::max<int64_t>(k, 1); keep < experts; ++keep) {
     if (BinomialCoefficient(experts, keep) <= kMaxSubsets) exact.push_back(keep);
   }
-  const uint64_t generate = LayerReader::AllLayersBytes(model, {}) + model.lm_head().bytes() +
-                            KeyValueCache::Bytes(config.num_layers(), config.num_kv_heads,
-                                                 config.head_dim, 2048) + kProgramBytes;
+  const uint64_t generate =
+      LayerReader::AllLayersBytes(model, {}) + model.lm_head().bytes() +
+      KeyValueCache::Bytes(config.num_layers(), config.num_kv_heads, config.head_dim, 2048) +
+      kProgramBytes;
   if (session.flags.json) {
     session.PrintJson({{"schema", "winnow.inspect/1"},
                        {"model_type", config.family->model_type},
@@ -72,36 +74,44 @@ int RunInspect(Session& session, const std::string& folder) {
                        {"findings", model.findings()}});
     return 0;
   }
-  const auto percent = [&](uint64_t part) { return 100.0 * static_cast<double>(part) / static_cast<double>(total); };
+  const auto percent = [&](uint64_t part) {
+    return 100.0 * static_cast<double>(part) / static_cast<double>(total);
+  };
   session.Print(fmt::format("{}  ({}, {})", folder, config.family->model_type,
                             config.stored_dtype.empty() ? "unnamed dtype" : config.stored_dtype));
-  session.Print(fmt::format("  layers      {} ({} with experts), hidden {}, {} heads ({} kv) of {}, vocabulary {}",
-                            config.num_layers(), moe.size(), config.hidden_size, config.num_heads,
-                            config.num_kv_heads, config.head_dim, config.vocab_size));
+  session.Print(fmt::format(
+      "  layers      {} ({} with experts), hidden {}, {} heads ({} kv) of {}, vocabulary {}",
+      config.num_layers(), moe.size(), config.hidden_size, config.num_heads, config.num_kv_heads,
+      config.head_dim, config.vocab_size));
   if (!moe.empty()) {
-    session.Print(fmt::format("  experts     {} a layer, {} per token{}, width {}, {}{}", experts, k,
-                              config.norm_topk_prob ? " (weights renormalised)" : "",
+    session.Print(fmt::format("  experts     {} a layer, {} per token{}, width {}, {}{}", experts,
+                              k, config.norm_topk_prob ? " (weights renormalised)" : "",
                               config.layers[static_cast<size_t>(moe.front())].expert_width,
                               FormatBytes(one_expert) + " each",
                               config.layers[static_cast<size_t>(moe.front())].shared_width > 0
-                                  ? ", plus a shared expert" : ""));
+                                  ? ", plus a shared expert"
+                                  : ""));
   }
-  session.Print(fmt::format("  parameters  {}, {} active per token", FormatCount(model.parameter_count()),
+  session.Print(fmt::format("  parameters  {}, {} active per token",
+                            FormatCount(model.parameter_count()),
                             FormatCount(model.active_parameter_count())));
-  session.Print(fmt::format("  weights     {} in {} file(s); experts {} ({:.0f} %), active per token {} ({:.0f} %)",
-                            FormatBytes(total), model.checkpoint().shards().size(),
-                            FormatBytes(expert_bytes), percent(expert_bytes), FormatBytes(active),
-                            percent(active)));
-  session.Print(fmt::format("  memory      observe {} (128 blocks of 512), run {} (2,048 tokens), apply < 300 MiB",
-                            FormatBytes(observe), FormatBytes(generate)));
+  session.Print(fmt::format(
+      "  weights     {} in {} file(s); experts {} ({:.0f} %), active per token {} ({:.0f} %)",
+      FormatBytes(total), model.checkpoint().shards().size(), FormatBytes(expert_bytes),
+      percent(expert_bytes), FormatBytes(active), percent(active)));
+  session.Print(fmt::format(
+      "  memory      observe {} (128 blocks of 512), run {} (2,048 tokens), apply < 300 MiB",
+      FormatBytes(observe), FormatBytes(generate)));
   if (!exact.empty()) {
     session.Print(fmt::format("  can do      NAEE pruning, exact, keeping {} to {} of {} experts",
                               exact.front(), exact.back(), experts));
     session.Print("  sizes       keep   weights   of the original");
     size_t shown = 0;
     for (auto keep = exact.rbegin(); keep != exact.rend() && shown < 6; ++keep, ++shown) {
-      const uint64_t left = total - moe.size() * static_cast<uint64_t>(experts - *keep) * one_expert;
-      session.Print(fmt::format("              {:>4} {:>9}   {:.0f} %", *keep, FormatBytes(left), percent(left)));
+      const uint64_t left =
+          total - moe.size() * static_cast<uint64_t>(experts - *keep) * one_expert;
+      session.Print(fmt::format("              {:>4} {:>9}   {:.0f} %", *keep, FormatBytes(left),
+                                percent(left)));
     }
   }
   for (const std::string& finding : model.findings()) session.Print("  finding     " + finding);
@@ -112,7 +122,8 @@ int RunInspect(Session& session, const std::string& folder) {
 
 void AddInspect(CLI::App& app, Session& session) {
   auto folder = std::make_shared<std::string>();
-  CLI::App* verb = app.add_subcommand("inspect", "What a checkpoint is, its sizes, what can be done with it");
+  CLI::App* verb =
+      app.add_subcommand("inspect", "What a checkpoint is, its sizes, what can be done with it");
   verb->add_option("MODEL", *folder, "Checkpoint folder")->required();
   session.AddReportFlags(*verb);
   verb->footer("Example: winnow inspect MODEL");

@@ -45,8 +45,8 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
   if (flags.progressive) CheckNaee(plan.info, flags.keep);
   if (session.flags.dry_run) return 0;
   const double start = session.seconds();
-  const ObserveResult result = RunObserve(model, sources, options, plan, flags.output,
-                                          session.pool(), session.control());
+  const ObserveResult result =
+      RunObserve(model, sources, options, plan, flags.output, session.pool(), session.control());
   const OrderedJson coverage = ReportCoverage(session, flags.output, plan.info);
   const double seconds = session.seconds() - start;
   if (session.flags.json) {
@@ -75,15 +75,18 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
 
 void AddObserve(CLI::App& app, Session& session) {
   auto flags = std::make_shared<ObserveFlags>();
-  CLI::App* verb = app.add_subcommand("observe", "Gather statistics of the experts on your text, in one pass");
+  CLI::App* verb =
+      app.add_subcommand("observe", "Gather statistics of the experts on your text, in one pass");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   AddCalibrationFlags(*verb, flags->calibration);
   verb->add_option("-o,--output", flags->output, "Statistics folder to write")->required();
   verb->add_option("--stats", flags->stats, "routing, routed or full (default: full if it fits)")
       ->check(CLI::IsMember({"routing", "routed", "full"}));
-  verb->add_option("-b,--batch", flags->options.batch, "Sequences in a batch of the published loss (default 8)")
+  verb->add_option("-b,--batch", flags->options.batch,
+                   "Sequences in a batch of the published loss (default 8)")
       ->check(CLI::PositiveNumber);
-  verb->add_flag("--progressive", flags->progressive, "Two streams: choose while observing (with --keep)");
+  verb->add_flag("--progressive", flags->progressive,
+                 "Two streams: choose while observing (with --keep)");
   verb->add_option("--keep", flags->keep, "Experts to keep in each layer (with --progressive)")
       ->check(CLI::PositiveNumber);
   verb->add_option("--plan", flags->plan, "Behave as if this plan were applied");

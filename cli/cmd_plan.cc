@@ -31,7 +31,8 @@ int RunPlan(Session& session, PlanFlags& flags) {
   if (flags.ratio > 0) {
     const int64_t experts = info.layers.front().num_experts;
     keep = experts - static_cast<int64_t>(std::llround(flags.ratio * static_cast<double>(experts)));
-    session.Note(fmt::format("removing {:.0f} % of {} experts: keeping {}", 100 * flags.ratio, experts, keep));
+    session.Note(fmt::format("removing {:.0f} % of {} experts: keeping {}", 100 * flags.ratio,
+                             experts, keep));
   }
   const CompressionPlan plan = MakeNaeePlan(session, flags.stats, info, keep, flags.target);
   const OrderedJson json = PlanToJson(plan);
@@ -53,11 +54,13 @@ void AddPlan(CLI::App& app, Session& session) {
   auto flags = std::make_shared<PlanFlags>();
   CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
   verb->add_option("STATS", flags->stats, "Statistics folder")->required();
-  verb->add_option("--method", flags->method, "naee: least loss of the layer's output, by enumeration");
+  verb->add_option("--method", flags->method,
+                   "naee: least loss of the layer's output, by enumeration");
   verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(CLI::PositiveNumber);
   verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
       ->check(CLI::Range(0.001, 0.999));
-  verb->add_option("--target", flags->target, "Loader the result must satisfy: transformers, vllm, llama.cpp");
+  verb->add_option("--target", flags->target,
+                   "Loader the result must satisfy: transformers, vllm, llama.cpp");
   verb->add_option("-o,--output", flags->output, "plan.json to write");
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, false);

@@ -27,12 +27,11 @@ int RunIds(Session& session, RunFlags& flags, const Model& model) {
     const auto begin = static_cast<size_t>(rows.offsets[static_cast<size_t>(i)]);
     const auto end = static_cast<size_t>(rows.offsets[static_cast<size_t>(i) + 1]);
     const std::span<const int32_t> prompt = std::span(rows.ids).subspan(begin, end - begin);
-    const GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()), flags.options,
-                                           session.pool().num_threads());
+    const GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()),
+                                           flags.options, session.pool().num_threads());
     session.RequireMemory(plan.memory, "run");
-    const GenerateResult result =
-        Generate(model, prompt, flags.options, plan, session.pool(), session.control(),
-                 [](int32_t) { return true; });
+    const GenerateResult result = Generate(model, prompt, flags.options, plan, session.pool(),
+                                           session.control(), [](int32_t) { return true; });
     tokens.push_back(result.tokens);
     if (!session.flags.json) session.Print(OrderedJson(result.tokens).dump());
   }
@@ -41,7 +40,8 @@ int RunIds(Session& session, RunFlags& flags, const Model& model) {
 }
 
 int RunVerb(Session& session, RunFlags& flags) {
-  if (flags.prompt.empty() == flags.ids.empty()) throw UsageError("give either -p TEXT or --ids FILE");
+  if (flags.prompt.empty() == flags.ids.empty())
+    throw UsageError("give either -p TEXT or --ids FILE");
   const Model model = Model::Open(flags.model);
   flags.options.memory_budget_bytes = session.memory_budget();
   flags.options.stop_at_eos = !flags.ignore_eos;
@@ -53,7 +53,8 @@ int RunVerb(Session& session, RunFlags& flags) {
   const GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()), flags.options,
                                          session.pool().num_threads());
   session.RequireMemory(plan.memory, "run");
-  if (!plan.resident) session.Note("the model does not fit the budget: layers are read again for every token");
+  if (!plan.resident)
+    session.Note("the model does not fit the budget: layers are read again for every token");
   // The prompt is decoded too, so that the continuation joins it as the tokenizer would write it.
   StreamDecoder decoder(tokenizer, true);
   std::string text;
@@ -81,10 +82,11 @@ int RunVerb(Session& session, RunFlags& flags) {
                        {"decode_seconds", result.decode_seconds}});
   } else {
     std::fputc('\n', stdout);
-    session.Note(fmt::format("{} prompt tokens at {:.0f}/s, {} new at {:.1f}/s", prompt.size(),
-                             static_cast<double>(prompt.size()) / std::max(1e-9, result.prompt_seconds),
-                             result.tokens.size(),
-                             static_cast<double>(result.tokens.size()) / std::max(1e-9, result.decode_seconds)));
+    session.Note(fmt::format(
+        "{} prompt tokens at {:.0f}/s, {} new at {:.1f}/s", prompt.size(),
+        static_cast<double>(prompt.size()) / std::max(1e-9, result.prompt_seconds),
+        result.tokens.size(),
+        static_cast<double>(result.tokens.size()) / std::max(1e-9, result.decode_seconds)));
   }
   return 0;
 }
@@ -97,13 +99,15 @@ void AddRun(CLI::App& app, Session& session) {
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("-p,--prompt", flags->prompt, "Text to continue");
   verb->add_option("--ids", flags->ids, "Token ids to continue, each row of input_ids");
-  verb->add_option("-n,--max-new-tokens", flags->options.max_new_tokens, "New tokens at most (default 128)")
+  verb->add_option("-n,--max-new-tokens", flags->options.max_new_tokens,
+                   "New tokens at most (default 128)")
       ->check(CLI::PositiveNumber);
   verb->add_option("--temp", flags->options.sampling.temperature, "Temperature (default 0: greedy)")
       ->check(CLI::NonNegativeNumber);
   verb->add_option("--top-k", flags->options.sampling.top_k, "Sample among the k likeliest")
       ->check(CLI::NonNegativeNumber);
-  verb->add_option("--top-p", flags->options.sampling.top_p, "Sample among the likeliest that reach p")
+  verb->add_option("--top-p", flags->options.sampling.top_p,
+                   "Sample among the likeliest that reach p")
       ->check(CLI::Range(0.0f, 1.0f));
   verb->add_option("--seed", flags->options.sampling.seed, "Seed (default 42)");
   verb->add_flag("--ignore-eos", flags->ignore_eos, "Go on after the end-of-sequence token");

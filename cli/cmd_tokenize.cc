@@ -65,7 +65,8 @@ void AddTokenize(CLI::App& app, Session& session) {
   CLI::App* verb = app.add_subcommand("tokenize", "Text to token ids");
   verb->add_option("PATH", flags->path, "Folder with tokenizer.json, or the file")->required();
   verb->add_option("-p,--prompt", flags->text, "Text to tokenise");
-  verb->add_option("--jsonl", flags->jsonl, "File with {\"text\": ...} a line (- for stdin); prints a line each");
+  verb->add_option("--jsonl", flags->jsonl,
+                   "File with {\"text\": ...} a line (- for stdin); prints a line each");
   session.AddReportFlags(*verb);
   verb->footer("Example: winnow tokenize MODEL -p \"Once upon a time\"");
   verb->callback([&session, flags] {

@@ -50,15 +50,18 @@ class Trace : public MoeObserver {
       ids.integers[static_cast<size_t>(m.first_token * ids.columns + i)] = m.topk_ids[i];
     }
   }
-  void Write(const fs::path& path, std::span<const float> hidden, int64_t num_layers, int64_t width) {
+  void Write(const fs::path& path, std::span<const float> hidden, int64_t num_layers,
+             int64_t width) {
     std::vector<TensorData> tensors;
     const auto b = static_cast<uint64_t>(rows_), t = static_cast<uint64_t>(row_tokens_);
-    tensors.push_back({"hidden", Dtype::kF32,
+    tensors.push_back({"hidden",
+                       Dtype::kF32,
                        {static_cast<uint64_t>(num_layers) + 1, b, t, static_cast<uint64_t>(width)},
                        std::as_bytes(hidden)});
     for (const auto& [name, entry] : entries_) {
       const bool integers = !entry.integers.empty();
-      tensors.push_back({name, integers ? Dtype::kI64 : Dtype::kF32,
+      tensors.push_back({name,
+                         integers ? Dtype::kI64 : Dtype::kF32,
                          {b, t, static_cast<uint64_t>(entry.columns)},
                          integers ? std::as_bytes(std::span(entry.integers))
                                   : std::as_bytes(std::span(entry.floats))});
@@ -127,13 +130,16 @@ int RunTrace(Session& session, const TraceFlags& flags) {
 
 void AddTrace(CLI::App& app, Session& session) {
   auto flags = std::make_shared<TraceFlags>();
-  CLI::App* verb = app.add_subcommand("trace", "Write hidden states, routing and logits of given tokens");
+  CLI::App* verb =
+      app.add_subcommand("trace", "Write hidden states, routing and logits of given tokens");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
-  verb->add_option("--ids", flags->ids, "safetensors file with input_ids [rows, tokens]")->required();
+  verb->add_option("--ids", flags->ids, "safetensors file with input_ids [rows, tokens]")
+      ->required();
   verb->add_option("-o,--output", flags->output, "safetensors file to write")->required();
   session.AddComputeFlags(*verb);
   session.AddReportFlags(*verb);
-  verb->footer("Example: winnow trace MODEL --ids ids.safetensors -o trace.safetensors --compute f32");
+  verb->footer(
+      "Example: winnow trace MODEL --ids ids.safetensors -o trace.safetensors --compute f32");
   verb->callback([&session, flags] {
     session.action = [&session, flags] { return RunTrace(session, *flags); };
   });

@@ -15,7 +15,8 @@ std::vector<EvalText> LoadEvalTexts(const Model& model, const std::string& model
   const Tokenizer tokenizer = Tokenizer::Load(model_folder);
   ModelTokens ids{tokenizer.bos_id(), tokenizer.eos_id()};
   if (!ids.bos) ids.bos = model.config().bos_token_id;
-  if (!ids.eos && !model.config().eos_token_ids.empty()) ids.eos = model.config().eos_token_ids.front();
+  if (!ids.eos && !model.config().eos_token_ids.empty())
+    ids.eos = model.config().eos_token_ids.front();
   std::vector<EvalText> texts;
   for (const std::string& path : paths) {
     const TextSource source = ParseTextSource(path);
@@ -38,9 +39,9 @@ std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
   for (const EvalText& text : texts) {
     const TokenSet& inputs = text.windows.inputs;
     for (int64_t i = 0; i < inputs.num_sequences(); ++i) {
-      joined.inputs.Append(std::span(inputs.ids).subspan(
-          static_cast<size_t>(inputs.offsets[static_cast<size_t>(i)]),
-          static_cast<size_t>(inputs.length(i))));
+      joined.inputs.Append(std::span(inputs.ids)
+                               .subspan(static_cast<size_t>(inputs.offsets[static_cast<size_t>(i)]),
+                                        static_cast<size_t>(inputs.length(i))));
     }
     joined.targets.insert(joined.targets.end(), text.windows.targets.begin(),
                           text.windows.targets.end());
@@ -73,10 +74,11 @@ std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& proto
   text += fmt::format("  {:<16} {:>9} {:>10} {:>10} {:>9}{}\n", "text", "tokens", "perplexity",
                       "+- (nll)", "bits/byte", paired ? "   original   d nll +- s.e." : "");
   for (const EvalRow& row : rows) {
-    text += fmt::format("  {:<16} {:>9} {:>10.4f} {:>10.4f} {:>9}", row.name,
-                        FormatCount(static_cast<uint64_t>(row.result.tokens)), row.result.perplexity,
-                        row.result.standard_error,
-                        row.result.bits_per_byte ? fmt::format("{:.4f}", *row.result.bits_per_byte) : "-");
+    text += fmt::format(
+        "  {:<16} {:>9} {:>10.4f} {:>10.4f} {:>9}", row.name,
+        FormatCount(static_cast<uint64_t>(row.result.tokens)), row.result.perplexity,
+        row.result.standard_error,
+        row.result.bits_per_byte ? fmt::format("{:.4f}", *row.result.bits_per_byte) : "-");
     if (row.original) {
       const PairedDifference d = Compare(*row.original, row.result);
       text += fmt::format(" {:>10.4f} {:>+8.4f} +- {:.4f}", row.original->perplexity, d.nll,
@@ -92,13 +94,14 @@ OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protoc
   double total = 0;
   int64_t tokens = 0;
   for (const EvalRow& row : rows) {
-    OrderedJson item = {{"name", row.name},
-                        {"nll", row.result.nll},
-                        {"perplexity", row.result.perplexity},
-                        {"standard_error", row.result.standard_error},
-                        {"tokens", row.result.tokens},
-                        {"bits_per_byte", row.result.bits_per_byte ? OrderedJson(*row.result.bits_per_byte)
-                                                                   : OrderedJson()}};
+    OrderedJson item = {
+        {"name", row.name},
+        {"nll", row.result.nll},
+        {"perplexity", row.result.perplexity},
+        {"standard_error", row.result.standard_error},
+        {"tokens", row.result.tokens},
+        {"bits_per_byte",
+         row.result.bits_per_byte ? OrderedJson(*row.result.bits_per_byte) : OrderedJson()}};
     if (row.original) {
       const PairedDifference d = Compare(*row.original, row.result);
       item["original"] = {{"nll", row.original->nll}, {"perplexity", row.original->perplexity}};
@@ -109,8 +112,8 @@ OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protoc
     texts.push_back(item);
   }
   const double nll = total / static_cast<double>(tokens);
-  return {{"schema", "winnow.eval-ppl/1"}, {"protocol", protocol}, {"nll", nll},
-          {"perplexity", std::exp(nll)},   {"tokens", tokens},     {"texts", texts},
+  return {{"schema", "winnow.eval-ppl/1"},        {"protocol", protocol}, {"nll", nll},
+          {"perplexity", std::exp(nll)},          {"tokens", tokens},     {"texts", texts},
           {"peak_rss_bytes", PeakResidentBytes()}};
 }
 

@@ -49,8 +49,7 @@ std::vector<std::string> NormalizedArguments(int argc, char** argv) {
 int ReportUsage(const CLI::App& app, const CLI::ParseError& problem) {
   const CLI::App* verb = &app;
   while (!verb->get_subcommands().empty()) verb = verb->get_subcommands().front();
-  const std::string name =
-      verb == &app ? "winnow" : fmt::format("winnow {}", verb->get_name());
+  const std::string name = verb == &app ? "winnow" : fmt::format("winnow {}", verb->get_name());
   std::string hint = fmt::format("see {} -h", name);
   if (dynamic_cast<const CLI::ExtrasError*>(&problem) != nullptr) {
     const std::vector<std::string> extras = verb->remaining(true);
@@ -105,7 +104,8 @@ int Main(int argc, char** argv) {
     return code;
   } catch (const CLI::CallForHelp&) {
     const auto verbs = app.get_subcommands();
-    std::printf("%s", (verbs.empty() ? app.help() : app.help("", CLI::AppFormatMode::Normal)).c_str());
+    std::printf("%s",
+                (verbs.empty() ? app.help() : app.help("", CLI::AppFormatMode::Normal)).c_str());
     return 0;
   } catch (const CLI::CallForVersion&) {
     std::printf("winnow %s\n", WINNOW_VERSION);
@@ -122,7 +122,8 @@ int Main(int argc, char** argv) {
     return static_cast<int>(ExitCode::kResource);
   } catch (const std::exception& error) {
     session.FinishProgress();
-    PrintError(fmt::format("internal: {}", error.what()), "this is a defect of winnow; please report it");
+    PrintError(fmt::format("internal: {}", error.what()),
+               "this is a defect of winnow; please report it");
     return static_cast<int>(ExitCode::kRuntime);
   }
 }
@@ -130,4 +131,6 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace winnow::cli
 
-int main(int argc, char** argv) { return winnow::cli::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return winnow::cli::Main(argc, argv);
+}

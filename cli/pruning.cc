@@ -58,7 +58,8 @@ OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsI
       unreached += fmt::format("{}layer {}: {}", unreached.empty() ? "" : "; ", layer.layer,
                                fmt::join(never, " "));
     }
-    layers.push_back({{"layer", layer.layer}, {"tokens_per_expert", tokens}, {"never_used", never}});
+    layers.push_back(
+        {{"layer", layer.layer}, {"tokens_per_expert", tokens}, {"never_used", never}});
     const auto [low, high] = std::minmax_element(tokens.begin(), tokens.end());
     if (session.flags.verbose) {
       session.Note(fmt::format("coverage of layer {}: {} to {} tokens an expert", layer.layer,
@@ -67,9 +68,10 @@ OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsI
     }
   }
   if (!unreached.empty()) {
-    session.Warn(fmt::format("no calibration token used these experts ({}); what a plan says of them "
-                             "rests on their un-routed outputs alone",
-                             unreached));
+    session.Warn(
+        fmt::format("no calibration token used these experts ({}); what a plan says of them "
+                    "rests on their un-routed outputs alone",
+                    unreached));
   }
   return layers;
 }
@@ -93,30 +95,33 @@ CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const Stat
   for (const StatsLayer& layer : info.layers) experts = std::max(experts, layer.num_experts);
   MemoryPlan memory;
   memory.Add("program", kProgramBytes);
-  memory.Add("records of a batch", static_cast<uint64_t>(largest_batch) *
-                                       static_cast<uint64_t>(experts * (experts + 1) / 2 * 4 + experts * 20));
+  memory.Add("records of a batch",
+             static_cast<uint64_t>(largest_batch) *
+                 static_cast<uint64_t>(experts * (experts + 1) / 2 * 4 + experts * 20));
   session.RequireMemory(memory, "plan");
   for (size_t i = 0; i < info.layers.size(); ++i) {
     const StatsLayer& layer = info.layers[i];
     const LayerStatsReader records(stats, info, layer);
-    plan.layers.push_back(ChooseNaee(records, info, layer, keep, session.pool(), session.control()));
+    plan.layers.push_back(
+        ChooseNaee(records, info, layer, keep, session.pool(), session.control()));
     const auto gone = static_cast<uint64_t>(layer.num_experts - keep);
     plan.bytes_after -= std::min(plan.bytes_after, gone * layer.expert_bytes);
-    session.control().Report({.stage = "plan",
-                              .layer = static_cast<int64_t>(i),
-                              .num_layers = static_cast<int64_t>(info.layers.size()),
-                              .work_done = info.num_tokens() * static_cast<int64_t>(i + 1),
-                              .work_total = info.num_tokens() * static_cast<int64_t>(info.layers.size())});
+    session.control().Report(
+        {.stage = "plan",
+         .layer = static_cast<int64_t>(i),
+         .num_layers = static_cast<int64_t>(info.layers.size()),
+         .work_done = info.num_tokens() * static_cast<int64_t>(i + 1),
+         .work_total = info.num_tokens() * static_cast<int64_t>(info.layers.size())});
   }
   CheckTarget(plan, target);
   return plan;
 }
 
 std::string DescribePlan(const CompressionPlan& plan) {
-  std::string text = fmt::format("{}, {} over {} tokens of {}; weights {} -> {}\n", plan.method,
-                                 plan.search, FormatCount(static_cast<uint64_t>(plan.calibration_tokens)),
-                                 fmt::join(plan.sources, ", "), FormatBytes(plan.bytes_before),
-                                 FormatBytes(plan.bytes_after));
+  std::string text = fmt::format(
+      "{}, {} over {} tokens of {}; weights {} -> {}\n", plan.method, plan.search,
+      FormatCount(static_cast<uint64_t>(plan.calibration_tokens)), fmt::join(plan.sources, ", "),
+      FormatBytes(plan.bytes_before), FormatBytes(plan.bytes_after));
   text += "  layer  loss        margin  dropped experts\n";
   for (const LayerPlan& layer : plan.layers) {
     text += fmt::format("  {:>5}  {:<10.6g}  {:<6.3g}  {}\n", layer.layer, layer.loss.value_or(0),

@@ -24,7 +24,8 @@ CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const Stat
 // A short table of a plan, for people.
 std::string DescribePlan(const CompressionPlan& plan);
 
-// What --plan means to a verb that runs a model: the survivors of each layer (empty without a plan).
+// What --plan means to a verb that runs a model: the survivors of each layer (empty without a
+// plan).
 std::vector<std::vector<int32_t>> WhatIf(Session& session, const Model& model,
                                          const std::string& plan_path);
 

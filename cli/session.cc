@@ -14,12 +14,12 @@
 
 namespace winnow::cli {
 
-// The one mutable global of the program: a signal handler has no other way to reach the computation.
+// The one mutable global of the program: a signal handler has no other way to reach the
+// computation.
 std::atomic<bool> g_interrupted{false};
 
 ProgressPrinter::ProgressPrinter(const CommonFlags& flags)
-    : flags_(flags),
-      terminal_(isatty(STDERR_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr) {}
+    : flags_(flags), terminal_(isatty(STDERR_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr) {}
 
 void ProgressPrinter::Update(const ProgressEvent& event) {
   if (flags_.quiet) return;
@@ -46,11 +46,13 @@ void ProgressPrinter::Update(const ProgressEvent& event) {
   const double left = rate > 0 ? static_cast<double>(event.work_total - event.work_done) / rate : 0;
   std::string line = fmt::format("{:<8}", event.stage);
   if (event.num_layers > 0) line += fmt::format(" layer {}/{}", event.layer + 1, event.num_layers);
-  line += fmt::format(" {:3.0f} %", 100.0 * static_cast<double>(event.work_done) /
-                                        static_cast<double>(std::max<int64_t>(1, event.work_total)));
+  line +=
+      fmt::format(" {:3.0f} %", 100.0 * static_cast<double>(event.work_done) /
+                                    static_cast<double>(std::max<int64_t>(1, event.work_total)));
   if (rate > 0) {
     // Tokens per second through the whole model: work counts tokens x layers.
-    const double per_second = event.bytes ? rate : rate / static_cast<double>(std::max<int64_t>(1, event.num_layers));
+    const double per_second =
+        event.bytes ? rate : rate / static_cast<double>(std::max<int64_t>(1, event.num_layers));
     line += event.bytes ? fmt::format("  {}/s", FormatBytes(static_cast<uint64_t>(per_second)))
                         : fmt::format("  {:.0f} tokens/s", per_second);
     line += fmt::format("  ETA {}", FormatSeconds(left));
@@ -116,7 +118,8 @@ void Session::Print(const std::string& text) {
 }
 
 void Session::PrintJson(const OrderedJson& value) {
-  Print(value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace));
+  // ASCII only: a line separator inside a string must not look like the end of a line to anyone.
+  Print(value.dump(-1, ' ', true, OrderedJson::error_handler_t::replace));
 }
 
 void Session::PrintUsage() {
@@ -135,7 +138,8 @@ void Session::AddComputeFlags(CLI::App& verb) {
                   "Memory budget, e.g. 4G (default: 80 % of what is free)");
   verb.add_option("--compute", flags.compute, "f32: plain f32; auto: fastest of this CPU")
       ->check(CLI::IsMember({"f32", "auto"}));
-  verb.add_option("--isa", flags.isa, "Pin the kernels to one instruction set (see `winnow doctor`)");
+  verb.add_option("--isa", flags.isa,
+                  "Pin the kernels to one instruction set (see `winnow doctor`)");
 }
 
 void Session::AddOutputFlags(CLI::App& verb, bool resumable) {
@@ -157,7 +161,8 @@ void RequireFreshOutput(const std::string& path, bool force, bool resume) {
   }
   const fs::path parent = fs::absolute(path).parent_path();
   if (!fs::is_directory(parent)) {
-    throw UsageError(fmt::format("the folder {} does not exist", parent.string()), "create it first");
+    throw UsageError(fmt::format("the folder {} does not exist", parent.string()),
+                     "create it first");
   }
   if (!resume && !force && fs::exists(path + ".partial")) {
     throw UsageError(fmt::format("{}.partial is left from an interrupted run", path),

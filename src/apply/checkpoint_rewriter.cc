@@ -58,7 +58,10 @@ class Rewriter {
  public:
   Rewriter(const Model& model, const RewritePlan& rewrite, const ApplyOptions& options,
            fs::path folder, const JobControl& control)
-      : model_(model), rewrite_(rewrite), options_(options), folder_(std::move(folder)),
+      : model_(model),
+        rewrite_(rewrite),
+        options_(options),
+        folder_(std::move(folder)),
         control_(control) {}
 
   void WriteShards() {
@@ -87,8 +90,9 @@ class Rewriter {
     if (!options_.resume || !fs::exists(path)) return journal;
     const Json json = ParseJson(ReadTextFile(path), path.string());
     if (!json.is_object() || json.value("fingerprint", "") != journal.fingerprint) {
-      throw UsageError(fmt::format("{} was made with another model, plan or flag", folder_.string()),
-                       "repeat the command as it was, or start again with --force");
+      throw UsageError(
+          fmt::format("{} was made with another model, plan or flag", folder_.string()),
+          "repeat the command as it was, or start again with --force");
     }
     journal.shard = json.value("shard", uint64_t{0});
     journal.tensors = json.value("tensors", uint64_t{0});
@@ -101,7 +105,8 @@ class Rewriter {
     WriteFileAtomically(folder_ / "apply.journal", json.dump());
   }
 
-  void WriteShard(const OutputShard& shard, size_t number, uint64_t first_tensor, Journal& journal) {
+  void WriteShard(const OutputShard& shard, size_t number, uint64_t first_tensor,
+                  Journal& journal) {
     const fs::path path = folder_ / shard.file_name;
     const File out = first_tensor > 0 ? File::OpenWrite(path) : File::Create(path);
     if (first_tensor == 0) {
@@ -109,7 +114,8 @@ class Rewriter {
       out.Truncate(shard.bytes);
       done_ += shard.header.size();
     } else {
-      done_ += shard.tensors[std::min<uint64_t>(first_tensor, shard.tensors.size() - 1)].info.file_offset;
+      done_ += shard.tensors[std::min<uint64_t>(first_tensor, shard.tensors.size() - 1)]
+                   .info.file_offset;
     }
     uint64_t since_flush = 0;
     for (uint64_t i = first_tensor; i < shard.tensors.size();) {
@@ -118,7 +124,8 @@ class Rewriter {
       uint64_t next = i;
       uint64_t bytes = 0;
       if (IsPlainCopy(shard.tensors[i])) {
-        // Neighbours in the source stay neighbours: one long copy instead of thousands of short ones.
+        // Neighbours in the source stay neighbours: one long copy instead of thousands of short
+        // ones.
         const SourceRange& start = shard.tensors[i].ranges.front();
         uint64_t source_end = start.tensor->file_offset + start.offset;
         while (next < shard.tensors.size() && IsPlainCopy(shard.tensors[next]) &&
@@ -131,7 +138,8 @@ class Rewriter {
           bytes += shard.tensors[next].info.bytes;
           ++next;
         }
-        out.CopyFrom(SourceFile(*start.tensor), start.tensor->file_offset + start.offset, begin, bytes);
+        out.CopyFrom(SourceFile(*start.tensor), start.tensor->file_offset + start.offset, begin,
+                     bytes);
       } else {
         WriteTensor(shard.tensors[i], out);
         bytes = shard.tensors[i].info.bytes;
@@ -199,7 +207,8 @@ class Rewriter {
   uint64_t total_ = 0, done_ = 0, written_ = 0;
 };
 
-// Opens what was written as a model of its own and compares the ends of every tensor with the source.
+// Opens what was written as a model of its own and compares the ends of every tensor with the
+// source.
 int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& folder) {
   const Model written = Model::Open(folder);
   int64_t audited = 0;
@@ -207,8 +216,8 @@ int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& f
   for (const OutputShard& shard : rewrite.shards) {
     for (const OutputTensor& tensor : shard.tensors) {
       const TensorInfo* info = written.checkpoint().Find(tensor.info.name);
-      bool same = info != nullptr && info->shape == tensor.info.shape &&
-                  info->dtype == tensor.info.dtype;
+      bool same =
+          info != nullptr && info->shape == tensor.info.shape && info->dtype == tensor.info.dtype;
       uint64_t at = 0;
       for (const SourceRange& range : tensor.ranges) {
         if (!same || tensor.source_dtype != tensor.info.dtype) break;
@@ -264,8 +273,7 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
   WriteFileAtomically(folder / "winnow-plan.json", PlanToJson(plan).dump(1) + "\n");
   WriteFileAtomically(folder / CardFileName(model.checkpoint()), ModelCard(plan, rewrite, ""));
   result.bytes_written = rewriter.bytes_written();
-  result.seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   result.audited_tensors = Audit(model, rewrite, folder);
   fs::remove(folder / "apply.journal");
   fs::remove_all(output);

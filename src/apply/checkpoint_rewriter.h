@@ -1,7 +1,7 @@
-// `winnow apply`: streams a checkpoint into a smaller one. Experts are renumbered, router rows and fused
-// tensors cut, config.json edited; layout, order, shards, dtype and every other file are carried through.
-// Data is copied range by range (inside the kernel where possible) and never held. The output appears by
-// rename; an interrupted run goes on with the same bytes.
+// `winnow apply`: streams a checkpoint into a smaller one. Experts are renumbered, router rows and
+// fused tensors cut, config.json edited; layout, order, shards, dtype and every other file are
+// carried through. Data is copied range by range (inside the kernel where possible) and never held.
+// The output appears by rename; an interrupted run goes on with the same bytes.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct SourceRange {
 };
 
 struct OutputTensor {
-  TensorInfo info;                 // as it will be
+  TensorInfo info;  // as it will be
   Dtype source_dtype = Dtype::kF32;
   std::vector<SourceRange> ranges;  // in order; together the tensor's content
 };
@@ -46,22 +46,23 @@ struct OutputShard {
 struct RewritePlan {
   std::vector<OutputShard> shards;
   std::string config_json;
-  std::string index_json;            // empty: single file
+  std::string index_json;  // empty: single file
   std::vector<fs::path> other_files;
-  uint64_t bytes_before = 0;         // of the weight files
+  uint64_t bytes_before = 0;  // of the weight files
   uint64_t bytes_after = 0;
   int64_t experts_before = 0, experts_after = 0;  // over all layers
 };
 
-RewritePlan PlanRewrite(const Model& model, const CompressionPlan& plan, const ApplyOptions& options);
+RewritePlan PlanRewrite(const Model& model, const CompressionPlan& plan,
+                        const ApplyOptions& options);
 
 struct ApplyResult {
   uint64_t bytes_written = 0;
-  double seconds = 0;        // of copying, audit not counted
+  double seconds = 0;  // of copying, audit not counted
   int64_t audited_tensors = 0;
 };
-// Throws ResourceError (disk), UsageError (resume of another run), ModelError if the audit of what was written
-// finds a difference (the output is then not published).
+// Throws ResourceError (disk), UsageError (resume of another run), ModelError if the audit of what
+// was written finds a difference (the output is then not published).
 ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const RewritePlan& rewrite,
                       const ApplyOptions& options, const fs::path& output,
                       const JobControl& control);

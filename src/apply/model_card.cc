@@ -22,11 +22,14 @@ std::string ModelCard(const CompressionPlan& plan, const RewritePlan& rewrite,
                       rewrite.experts_after);
   card += fmt::format("| weight files | {} | {} |\n\n", FormatBytes(rewrite.bytes_before),
                       FormatBytes(rewrite.bytes_after));
-  card += fmt::format("- method: {} ({}, objective {})\n", plan.method.empty() ? "by hand" : plan.method,
+  card += fmt::format("- method: {} ({}, objective {})\n",
+                      plan.method.empty() ? "by hand" : plan.method,
                       plan.search.empty() ? "no search" : plan.search,
                       plan.objective.empty() ? "none" : plan.objective);
-  card += fmt::format("- calibration: {} tokens of {}\n", FormatCount(static_cast<uint64_t>(plan.calibration_tokens)),
-                      plan.sources.empty() ? "unknown text" : fmt::format("{}", fmt::join(plan.sources, ", ")));
+  card += fmt::format(
+      "- calibration: {} tokens of {}\n",
+      FormatCount(static_cast<uint64_t>(plan.calibration_tokens)),
+      plan.sources.empty() ? "unknown text" : fmt::format("{}", fmt::join(plan.sources, ", ")));
   card += fmt::format("- source fingerprint: `{}`\n", plan.model_fingerprint);
   card += "- the complete plan is in `winnow-plan.json`\n\n## Experts kept\n\n";
   card += "| layer | kept | loss | margin |\n|--:|---|--:|--:|\n";

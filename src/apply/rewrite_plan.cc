@@ -60,8 +60,8 @@ class Planner {
       if (role.kind == TensorKind::kExpert) {
         const auto at = std::lower_bound(kept.begin(), kept.end(), role.expert);
         if (at == kept.end() || *at != role.expert) return;  // dropped
-        output.info.name = model_.RenameExpert(tensor.name, role.expert,
-                                               static_cast<int32_t>(at - kept.begin()));
+        output.info.name =
+            model_.RenameExpert(tensor.name, role.expert, static_cast<int32_t>(at - kept.begin()));
         output.ranges.push_back({&tensor, 0, tensor.bytes});
       } else {
         const uint64_t slice = tensor.bytes / tensor.shape[0];

@@ -1,5 +1,5 @@
-// Uninitialised memory aligned for SIMD, freed on destruction; move-only. Large buffers come straight
-// from the kernel and go back to it, so that resident memory follows what is held.
+// Uninitialised memory aligned for SIMD, freed on destruction; move-only. Large buffers come
+// straight from the kernel and go back to it, so that resident memory follows what is held.
 #pragma once
 
 #include <cstddef>

@@ -90,7 +90,10 @@ TEST(ThreadPool, RunsEveryTaskOnceAndRethrows) {
       });
       for (const auto& hit : hits) EXPECT_EQ(hit.load(), 1);
     }
-    EXPECT_THROW(pool.Run(10, [](int64_t task, int) { if (task == 3) throw UsageError("x"); }),
+    EXPECT_THROW(pool.Run(10,
+                          [](int64_t task, int) {
+                            if (task == 3) throw UsageError("x");
+                          }),
                  UsageError);
     int after = 0;
     pool.Run(1, [&](int64_t, int) { ++after; });

@@ -39,7 +39,8 @@ int OpenOrThrow(const fs::path& path, int flags, std::string_view action) {
 }
 
 void SyncFolder(const fs::path& folder) {
-  const int descriptor = open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  const int descriptor =
+      open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor < 0) return;  // the rename itself has happened; some file systems refuse this open
   fsync(descriptor);
   close(descriptor);
@@ -173,7 +174,8 @@ void RenameDurably(const fs::path& from, const fs::path& to) {
 
 uint64_t FreeDiskBytes(const fs::path& path) {
   fs::path existing = fs::absolute(path);
-  while (!fs::exists(existing) && existing.has_parent_path() && existing != existing.parent_path()) {
+  while (!fs::exists(existing) && existing.has_parent_path() &&
+         existing != existing.parent_path()) {
     existing = existing.parent_path();
   }
   struct statvfs info {};
@@ -185,10 +187,10 @@ void RequireDiskSpace(const fs::path& path, uint64_t needed_bytes, std::string_v
   const uint64_t free_bytes = FreeDiskBytes(path);
   const uint64_t reserve = uint64_t{16} << 20;
   if (needed_bytes + reserve > free_bytes) {
-    throw ResourceError(fmt::format("{} needs {} on the disk of {}, {} are free", what,
-                                    FormatBytes(needed_bytes + reserve), path.string(),
-                                    FormatBytes(free_bytes)),
-                        "free some space or choose another folder with -o");
+    throw ResourceError(
+        fmt::format("{} needs {} on the disk of {}, {} are free", what,
+                    FormatBytes(needed_bytes + reserve), path.string(), FormatBytes(free_bytes)),
+        "free some space or choose another folder with -o");
   }
 }
 

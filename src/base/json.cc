@@ -72,7 +72,9 @@ J Parse(std::string_view text, const std::string& where) {
 
 }  // namespace
 
-Json ParseJson(std::string_view text, const std::string& where) { return Parse<Json>(text, where); }
+Json ParseJson(std::string_view text, const std::string& where) {
+  return Parse<Json>(text, where);
+}
 
 OrderedJson ParseOrderedJson(std::string_view text, const std::string& where) {
   return Parse<OrderedJson>(text, where);

@@ -87,25 +87,30 @@ std::string MemoryPlan::Table() const {
 void MemoryPlan::Require(uint64_t budget_bytes) const {
   if (total_bytes() <= budget_bytes) return;
   const uint64_t mebibytes = (total_bytes() + (uint64_t{1} << 20) - 1) >> 20;
-  throw ResourceError(
-      fmt::format("this needs {} of memory, {} are allowed:\n{}", FormatBytes(total_bytes()),
-                  FormatBytes(budget_bytes), Table()),
-      fmt::format("the smallest budget that works is --max-memory {}M", mebibytes));
+  throw ResourceError(fmt::format("this needs {} of memory, {} are allowed:\n{}",
+                                  FormatBytes(total_bytes()), FormatBytes(budget_bytes), Table()),
+                      fmt::format("the smallest budget that works is --max-memory {}M", mebibytes));
 }
 
 uint64_t PeakResidentBytes() {
   return ProcValue("/proc/self/status", "VmHWM:").value_or(0) * 1024;
 }
 
-uint64_t ResidentBytes() { return ProcValue("/proc/self/status", "VmRSS:").value_or(0) * 1024; }
+uint64_t ResidentBytes() {
+  return ProcValue("/proc/self/status", "VmRSS:").value_or(0) * 1024;
+}
 
-uint64_t BytesReadByProcess() { return ProcValue("/proc/self/io", "rchar:").value_or(0); }
+uint64_t BytesReadByProcess() {
+  return ProcValue("/proc/self/io", "rchar:").value_or(0);
+}
 
 uint64_t AvailableMemoryBytes() {
   const uint64_t machine = ProcValue("/proc/meminfo", "MemAvailable:").value_or(4 << 20) * 1024;
   return std::min(machine, CgroupFreeBytes().value_or(machine));
 }
 
-uint64_t DefaultMemoryBudget() { return AvailableMemoryBytes() / 5 * 4; }
+uint64_t DefaultMemoryBudget() {
+  return AvailableMemoryBytes() / 5 * 4;
+}
 
 }  // namespace winnow

@@ -9,12 +9,12 @@
 namespace winnow {
 
 struct ProgressEvent {
-  std::string stage;    // "observe", "eval", ...
-  int64_t layer = 0;    // finished layers
+  std::string stage;  // "observe", "eval", ...
+  int64_t layer = 0;  // finished layers
   int64_t num_layers = 0;
-  int64_t work_done = 0;   // tokens x layers (or bytes) finished
+  int64_t work_done = 0;  // tokens x layers (or bytes) finished
   int64_t work_total = 0;
-  bool bytes = false;      // work counts bytes instead of tokens x layers
+  bool bytes = false;  // work counts bytes instead of tokens x layers
 };
 
 // Everything a long computation needs to talk to its caller. `interrupted` is polled between tiles.

@@ -11,7 +11,8 @@ namespace winnow {
 
 class ThreadPool {
  public:
-  // `num_threads` counts the caller; 1 means no extra threads. 0 takes the CPUs this process may use.
+  // `num_threads` counts the caller; 1 means no extra threads. 0 takes the CPUs this process may
+  // use.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -66,12 +66,12 @@ void ScanFile(const SafetensorsFile& file, ThreadPool& pool, const JobControl& c
     if (IsComputeDtype(tensor.dtype) && tensor.bytes > 0) {
       const ValueCounts counts = CountValues(file, tensor, pool);
       if (counts.nan > 0) {
-        report.findings.push_back(fmt::format("{}: {} of {} values are NaN", tensor.name, counts.nan,
-                                              counts.total));
+        report.findings.push_back(
+            fmt::format("{}: {} of {} values are NaN", tensor.name, counts.nan, counts.total));
       }
       if (counts.inf > 0) {
-        report.findings.push_back(fmt::format("{}: {} of {} values are Inf", tensor.name, counts.inf,
-                                              counts.total));
+        report.findings.push_back(
+            fmt::format("{}: {} of {} values are Inf", tensor.name, counts.inf, counts.total));
       }
       if (counts.zero == counts.total && !tensor.name.ends_with(".bias")) {
         report.findings.push_back(fmt::format("{}: all values are zero", tensor.name));
@@ -101,14 +101,14 @@ void CheckRouters(const Model& model, HealthReport& report) {
     }
     for (size_t e = 0; e < rows.size(); ++e) {
       if (std::all_of(rows[e].begin(), rows[e].end(), [](float v) { return v == 0.0f; })) {
-        report.findings.push_back(fmt::format("{}: router row {} is dead (all zeros)",
-                                              router.tensor->name, e));
+        report.findings.push_back(
+            fmt::format("{}: router row {} is dead (all zeros)", router.tensor->name, e));
         continue;
       }
       for (size_t other = 0; other < e; ++other) {
         if (rows[e] == rows[other]) {
-          report.findings.push_back(fmt::format("{}: router rows {} and {} are equal",
-                                                router.tensor->name, other, e));
+          report.findings.push_back(
+              fmt::format("{}: router rows {} and {} are equal", router.tensor->name, other, e));
         }
       }
     }
@@ -127,8 +127,8 @@ void CheckTokenizer(const fs::path& path, const Model* model, HealthReport& repo
                      "the tokenizer is of another model; fetch both from the same revision");
   }
   if (tokenizer.vocab_size() < rows) {
-    report.facts.push_back(fmt::format("{} embedding rows have no token (padding)",
-                                       rows - tokenizer.vocab_size()));
+    report.facts.push_back(
+        fmt::format("{} embedding rows have no token (padding)", rows - tokenizer.vocab_size()));
   }
 }
 
@@ -137,12 +137,11 @@ void CheckModelFolder(const fs::path& path, bool scan_weights, ThreadPool& pool,
   const Model model = Model::Open(path);
   const ModelConfig& config = model.config();
   report.subject = "model";
-  report.facts.push_back(fmt::format("{}: {} layers ({} MoE), {} experts, {} per token, {} in {} file(s)",
-                                     config.family->model_type, config.num_layers(),
-                                     config.MoeLayers().size(), config.UniformExperts().value_or(0),
-                                     config.num_experts_per_tok,
-                                     FormatBytes(model.checkpoint().total_bytes()),
-                                     model.checkpoint().shards().size()));
+  report.facts.push_back(fmt::format(
+      "{}: {} layers ({} MoE), {} experts, {} per token, {} in {} file(s)",
+      config.family->model_type, config.num_layers(), config.MoeLayers().size(),
+      config.UniformExperts().value_or(0), config.num_experts_per_tok,
+      FormatBytes(model.checkpoint().total_bytes()), model.checkpoint().shards().size()));
   report.findings = model.findings();
   if (fs::exists(path / "tokenizer.json")) {
     CheckTokenizer(path, &model, report);
@@ -184,8 +183,8 @@ HealthReport CheckPath(const fs::path& path, bool scan_weights, ThreadPool& pool
   if (name.ends_with(".safetensors")) {
     report.subject = "safetensors file";
     const SafetensorsFile file = SafetensorsFile::Open(path);
-    report.facts.push_back(fmt::format("{} tensors, {}", file.tensors().size(),
-                                       FormatBytes(file.file().size())));
+    report.facts.push_back(
+        fmt::format("{} tensors, {}", file.tensors().size(), FormatBytes(file.file().size())));
     if (scan_weights) ScanFile(file, pool, control, report);
   } else if (name == "tokenizer.json" || name == "tokenizer_config.json") {
     report.subject = "tokenizer";
@@ -195,8 +194,9 @@ HealthReport CheckPath(const fs::path& path, bool scan_weights, ThreadPool& pool
     const CompressionPlan plan = ReadPlan(path);
     report.facts.push_back(fmt::format("{} layers, method {}", plan.layers.size(), plan.method));
   } else {
-    throw UsageError(fmt::format("{}: not a kind of file that doctor knows", path.string()),
-                     "give a model folder, a .safetensors file, a tokenizer.json, a plan or statistics");
+    throw UsageError(
+        fmt::format("{}: not a kind of file that doctor knows", path.string()),
+        "give a model folder, a .safetensors file, a tokenizer.json, a plan or statistics");
   }
   return report;
 }
@@ -210,7 +210,8 @@ HealthReport CheckMachine(const fs::path& working_folder) {
   report.facts.push_back(fmt::format("memory: {} available, default budget {}",
                                      FormatBytes(AvailableMemoryBytes()),
                                      FormatBytes(DefaultMemoryBudget())));
-  report.facts.push_back(fmt::format("disk: {} free here", FormatBytes(FreeDiskBytes(working_folder))));
+  report.facts.push_back(
+      fmt::format("disk: {} free here", FormatBytes(FreeDiskBytes(working_folder))));
   if (ActiveIsa() == "scalar") {
     report.findings.push_back("this CPU has no AVX2: everything works, slowly");
   }

@@ -27,8 +27,8 @@ int64_t LargestTile(const TokenSet& tokens) {
   return largest;
 }
 
-// Negative log-likelihood of each target. lm_head is read once, chunk by chunk; each token carries a running
-// maximum and sum of exponentials in double across chunks.
+// Negative log-likelihood of each target. lm_head is read once, chunk by chunk; each token carries
+// a running maximum and sum of exponentials in double across chunks.
 std::vector<double> ScoreTokens(const Model& model, const ScoredWindows& windows,
                                 HiddenStates& states, ThreadPool& pool, const JobControl& control) {
   const int64_t h = model.config().hidden_size, vocabulary = model.config().vocab_size;
@@ -36,7 +36,8 @@ std::vector<double> ScoreTokens(const Model& model, const ScoredWindows& windows
   const std::vector<float> norm = LoadVector(model, model.final_norm());
   std::vector<double> log_sum(static_cast<size_t>(n), -INFINITY), target(static_cast<size_t>(n), 0);
   AlignedBuffer<float> normed(static_cast<size_t>(kScoreRows * h));
-  AlignedBuffer<float> logits(static_cast<size_t>(kScoreRows * std::min(vocabulary, kVocabularyChunk)));
+  AlignedBuffer<float> logits(
+      static_cast<size_t>(kScoreRows * std::min(vocabulary, kVocabularyChunk)));
   PackedRows packed;
   const std::vector<SequenceTile> tiles = SplitIntoTiles(windows.inputs, kTileTokens);
   for (int64_t first = 0; first < vocabulary; first += kVocabularyChunk) {
@@ -70,8 +71,8 @@ std::vector<double> ScoreTokens(const Model& model, const ScoredWindows& windows
 
 }  // namespace
 
-EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows, const EvalOptions& options,
-                        int num_threads) {
+EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows,
+                        const EvalOptions& options, int num_threads) {
   const int64_t h = model.config().hidden_size, n = windows.inputs.num_tokens();
   EvalPlan plan;
   for (const auto& [prefetch, spill] :
@@ -84,12 +85,15 @@ EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows, const 
     const int64_t tile = LargestTile(windows.inputs);
     const uint64_t layers = LayerReader::LargestLayerBytes(model, reading) * (prefetch ? 2 : 1);
     const int64_t chunk = std::min(kVocabularyChunk, model.config().vocab_size);
-    const uint64_t head = HiddenStates::Bytes(chunk, h) + HiddenStates::Bytes(kScoreRows, chunk + 2 * h);
+    const uint64_t head =
+        HiddenStates::Bytes(chunk, h) + HiddenStates::Bytes(kScoreRows, chunk + 2 * h);
     // The layers are gone when lm_head comes.
-    plan.memory.Add(prefetch ? "weights of two layers, then of lm_head" : "weights of a layer, then of lm_head",
-                    std::max(layers, head));
-    plan.memory.Add(spill ? "hidden states, one tile (the rest on disk)" : "hidden states of all tokens",
-                    HiddenStates::Bytes(spill ? tile : n, h));
+    plan.memory.Add(
+        prefetch ? "weights of two layers, then of lm_head" : "weights of a layer, then of lm_head",
+        std::max(layers, head));
+    plan.memory.Add(
+        spill ? "hidden states, one tile (the rest on disk)" : "hidden states of all tokens",
+        HiddenStates::Bytes(spill ? tile : n, h));
     plan.memory.Add("token ids and scores", static_cast<uint64_t>(n) * 32);
     plan.memory.Add("work of a tile",
                     LayerSweep::ScratchBytes(model, windows.inputs, false, num_threads));
@@ -144,8 +148,8 @@ PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
   return Summarize(window_nll, window_tokens, windows.bytes);
 }
 
-PerplexityResult Summarize(std::span<const double> window_nll, std::span<const int64_t> window_tokens,
-                           uint64_t bytes) {
+PerplexityResult Summarize(std::span<const double> window_nll,
+                           std::span<const int64_t> window_tokens, uint64_t bytes) {
   PerplexityResult result;
   result.window_nll.assign(window_nll.begin(), window_nll.end());
   result.window_tokens.assign(window_tokens.begin(), window_tokens.end());
@@ -176,8 +180,8 @@ PairedDifference Compare(const PerplexityResult& a, const PerplexityResult& b) {
   if (a.window_nll.size() < 2) return difference;
   double squares = 0;
   for (size_t w = 0; w < a.window_nll.size(); ++w) {
-    const double d =
-        (b.window_nll[w] - a.window_nll[w]) / static_cast<double>(a.window_tokens[w]) - difference.nll;
+    const double d = (b.window_nll[w] - a.window_nll[w]) / static_cast<double>(a.window_tokens[w]) -
+                     difference.nll;
     squares += d * d;
   }
   difference.standard_error = std::sqrt(squares / (count - 1) / count);

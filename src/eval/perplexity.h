@@ -1,5 +1,6 @@
-// Perplexity under named protocols. Every number carries its protocol's name; numbers of different protocols
-// are not comparable. Layer-major: all windows go through a layer together, lm_head is read once.
+// Perplexity under named protocols. Every number carries its protocol's name; numbers of different
+// protocols are not comparable. Layer-major: all windows go through a layer together, lm_head is
+// read once.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ namespace winnow {
 struct PerplexityProtocol {
   std::string name;
   int64_t window = 512;
-  bool bos = true;          // each window starts with BOS, which replaces its last token
-  bool half = false;        // only the second half of each window is scored
+  bool bos = true;              // each window starts with BOS, which replaces its last token
+  bool half = false;            // only the second half of each window is scored
   bool join_documents = false;  // tokenise the whole text at once, documents joined by two newlines
   std::string description;
 };
@@ -54,12 +55,12 @@ ScoredWindows WindowsOfText(const TextSource& source, const std::string& field,
 ScoredWindows WindowsOfIds(const TokenSequences& rows);
 
 struct PerplexityResult {
-  double nll = 0;             // mean over scored tokens, natural log
+  double nll = 0;  // mean over scored tokens, natural log
   double perplexity = 0;
   double standard_error = 0;  // of nll, over windows
   int64_t tokens = 0;
   std::optional<double> bits_per_byte;
-  std::vector<double> window_nll;     // sum per window
+  std::vector<double> window_nll;  // sum per window
   std::vector<int64_t> window_tokens;
 };
 
@@ -74,17 +75,18 @@ struct EvalPlan {
   bool prefetch = true;
   bool spill = false;
 };
-EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows, const EvalOptions& options,
-                        int num_threads);
+EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows,
+                        const EvalOptions& options, int num_threads);
 PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
                                const EvalOptions& options, const EvalPlan& plan, ThreadPool& pool,
                                const JobControl& control);
 
 // Mean, perplexity and standard error from per-window sums; `bytes` 0 = unknown.
-PerplexityResult Summarize(std::span<const double> window_nll, std::span<const int64_t> window_tokens,
-                           uint64_t bytes);
+PerplexityResult Summarize(std::span<const double> window_nll,
+                           std::span<const int64_t> window_tokens, uint64_t bytes);
 
-// Difference of two results on the same windows: mean of (b - a) per token and its paired standard error.
+// Difference of two results on the same windows: mean of (b - a) per token and its paired standard
+// error.
 struct PairedDifference {
   double nll = 0;
   double standard_error = 0;

@@ -10,16 +10,25 @@ namespace winnow {
 std::vector<PerplexityProtocol> AllProtocols() {
   return {
       {.name = "bos-512",
-       .description = "documents tokenised apart and closed by EOS; blocks of 512 fed as BOS + 511, all "
-                      "512 scored"},
-      {.name = "plain-512", .bos = false,
+       .description =
+           "documents tokenised apart and closed by EOS; blocks of 512 fed as BOS + 511, all "
+           "512 scored"},
+      {.name = "plain-512",
+       .bos = false,
        .description = "as bos-512 without BOS; the last 511 of each block are scored"},
-      {.name = "gptq-wikitext2-2048", .window = 2048, .bos = false, .join_documents = true,
-       .description = "documents joined by an empty line and tokenised once; blocks of 2,048, every "
-                      "next token inside a block scored (GPTQ, SparseGPT, Wanda)"},
-      {.name = "llamacpp-512", .half = true, .join_documents = true,
-       .description = "text tokenised once; chunks of 512 whose first token is replaced by BOS, the "
-                      "second half scored (llama.cpp perplexity)"},
+      {.name = "gptq-wikitext2-2048",
+       .window = 2048,
+       .bos = false,
+       .join_documents = true,
+       .description =
+           "documents joined by an empty line and tokenised once; blocks of 2,048, every "
+           "next token inside a block scored (GPTQ, SparseGPT, Wanda)"},
+      {.name = "llamacpp-512",
+       .half = true,
+       .join_documents = true,
+       .description =
+           "text tokenised once; chunks of 512 whose first token is replaced by BOS, the "
+           "second half scored (llama.cpp perplexity)"},
   };
 }
 
@@ -78,8 +87,9 @@ ScoredWindows WindowsOfText(const TextSource& source, const std::string& field,
                             const Tokenizer& tokenizer, const ModelTokens& tokens,
                             const PerplexityProtocol& protocol, int64_t max_tokens) {
   if (protocol.bos && !tokens.bos) {
-    throw UsageError(fmt::format("protocol {} needs a BOS token and this model has none", protocol.name),
-                     "use --protocol plain-512");
+    throw UsageError(
+        fmt::format("protocol {} needs a BOS token and this model has none", protocol.name),
+        "use --protocol plain-512");
   }
   const int64_t enough = max_tokens > 0 ? max_tokens : INT64_MAX;
   const TokenisedText text = protocol.join_documents
@@ -99,7 +109,8 @@ ScoredWindows WindowsOfText(const TextSource& source, const std::string& field,
         std::span(text.ids).subspan(static_cast<size_t>(i * w), static_cast<size_t>(w));
     std::vector<int32_t> input(block.begin(), block.end());
     std::vector<int32_t> target(static_cast<size_t>(w), -1);
-    if (protocol.bos && !protocol.half) {  // BOS + all but the last; every token of the block scored
+    if (protocol.bos &&
+        !protocol.half) {  // BOS + all but the last; every token of the block scored
       std::copy(block.begin(), block.end() - 1, input.begin() + 1);
       input[0] = *tokens.bos;
       std::copy(block.begin(), block.end(), target.begin());
@@ -115,8 +126,9 @@ ScoredWindows WindowsOfText(const TextSource& source, const std::string& field,
     out.targets.insert(out.targets.end(), target.begin(), target.end());
   }
   // Bytes stand for all ids; scale to those scored (exact when a whole text is scored).
-  out.bytes = static_cast<uint64_t>(static_cast<double>(text.bytes) * static_cast<double>(out.scored) /
-                                    static_cast<double>(text.ids.size()));
+  out.bytes =
+      static_cast<uint64_t>(static_cast<double>(text.bytes) * static_cast<double>(out.scored) /
+                            static_cast<double>(text.ids.size()));
   return out;
 }
 

@@ -25,16 +25,16 @@ WeightMatrix AsMatrix(const float* data, int64_t rows, int64_t cols) {
 }  // namespace
 
 struct AttentionBlock::WorkerScratch {
-  AlignedBuffer<float> keys;       // [keys, head_dim]
-  AlignedBuffer<float> values;     // [head_dim, keys], transposed
-  AlignedBuffer<float> scores;     // [kQueryBlock, keys]
+  AlignedBuffer<float> keys;    // [keys, head_dim]
+  AlignedBuffer<float> values;  // [head_dim, keys], transposed
+  AlignedBuffer<float> scores;  // [kQueryBlock, keys]
   PackedRows packed;
 };
 
 struct AttentionBlock::Head {
-  const float* q = nullptr;  // first query of the sequence, head 0; rows of query_width
-  float* out = nullptr;      // likewise
-  const float* keys = nullptr;    // [num_keys] rows with stride ld_kv
+  const float* q = nullptr;     // first query of the sequence, head 0; rows of query_width
+  float* out = nullptr;         // likewise
+  const float* keys = nullptr;  // [num_keys] rows with stride ld_kv
   const float* values = nullptr;
   int64_t ld_kv = 0;
   int64_t kv_head = 0;
@@ -43,7 +43,9 @@ struct AttentionBlock::Head {
 };
 
 AttentionBlock::AttentionBlock(const ModelConfig& config, ThreadPool& pool)
-    : config_(config), pool_(pool), rope_(config.rope, config.head_dim),
+    : config_(config),
+      pool_(pool),
+      rope_(config.rope, config.head_dim),
       workers_(static_cast<size_t>(pool.num_threads())) {}
 
 AttentionBlock::~AttentionBlock() = default;
@@ -124,8 +126,9 @@ void AttentionBlock::Attend(const Head& head, int worker) {
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * keys;
         const int64_t last = past + first + i;  // newest key this query may see
-        const int64_t oldest =
-            config_.attention_window > 0 ? std::max<int64_t>(0, last + 1 - config_.attention_window) : 0;
+        const int64_t oldest = config_.attention_window > 0
+                                   ? std::max<int64_t>(0, last + 1 - config_.attention_window)
+                                   : 0;
         for (int64_t s = oldest; s <= last; ++s) row[s] *= scale;
         Softmax(row + oldest, 1, last + 1 - oldest, last + 1 - oldest);
         std::fill(row, row + oldest, 0.0f);
@@ -180,9 +183,8 @@ void AttentionBlock::Run(const LayerWeights& weights, std::span<const int64_t> l
     }
     start += length;
   }
-  pool_.Run(static_cast<int64_t>(heads.size()), [&](int64_t task, int worker) {
-    Attend(heads[static_cast<size_t>(task)], worker);
-  });
+  pool_.Run(static_cast<int64_t>(heads.size()),
+            [&](int64_t task, int worker) { Attend(heads[static_cast<size_t>(task)], worker); });
   Output(weights, n, hidden);
 }
 

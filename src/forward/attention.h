@@ -1,6 +1,6 @@
-// The attention block of a decoder layer on whole sequences: norm, projections, q/k norm, RoPE, causal
-// softmax attention with grouped heads, output projection, added to the residual stream.
-// A token's result depends on its own sequence alone, bit for bit, whatever else is in the call.
+// The attention block of a decoder layer on whole sequences: norm, projections, q/k norm, RoPE,
+// causal softmax attention with grouped heads, output projection, added to the residual stream. A
+// token's result depends on its own sequence alone, bit for bit, whatever else is in the call.
 #pragma once
 
 #include <cstdint>

@@ -26,9 +26,8 @@ void Grow(AlignedBuffer<T>& buffer, int64_t count) {
 template <class Body>
 void ForRows(ThreadPool& pool, int64_t n, const Body& body) {
   constexpr int64_t kRows = 64;
-  pool.Run((n + kRows - 1) / kRows, [&](int64_t task, int) {
-    body(task * kRows, std::min(n, (task + 1) * kRows));
-  });
+  pool.Run((n + kRows - 1) / kRows,
+           [&](int64_t task, int) { body(task * kRows, std::min(n, (task + 1) * kRows)); });
 }
 
 }  // namespace
@@ -51,8 +50,8 @@ uint64_t FeedForwardBlock::ScratchBytes(const ModelConfig& config, bool all_expe
   for (const LayerConfig& layer : config.layers) {
     const auto chunk = static_cast<uint64_t>(ChunkTokens(config, layer, all_experts));
     const auto h = static_cast<uint64_t>(config.hidden_size);
-    const auto width =
-        static_cast<uint64_t>(std::max({layer.expert_width, layer.shared_width, layer.dense_width}));
+    const auto width = static_cast<uint64_t>(
+        std::max({layer.expert_width, layer.shared_width, layer.dense_width}));
     uint64_t floats = chunk * h * 4 + chunk * static_cast<uint64_t>(layer.num_experts);
     floats += kMlpRows * (2 * width + h);
     if (layer.is_moe) {
@@ -187,9 +186,11 @@ void FeedForwardBlock::RouteGathered(const LayerWeights& weights, int64_t n, boo
       ForRows(pool_, rows, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const float* row = rows_.data() + i * h;
-          AddScaled(routed_.data() + tokens[i] * h, weights_[static_cast<size_t>(slots[i])], row, h);
+          AddScaled(routed_.data() + tokens[i] * h, weights_[static_cast<size_t>(slots[i])], row,
+                    h);
           if (keep_outputs) {
-            std::memcpy(selected_.data() + slots[i] * h, row, static_cast<size_t>(h) * sizeof(float));
+            std::memcpy(selected_.data() + slots[i] * h, row,
+                        static_cast<size_t>(h) * sizeof(float));
           }
         }
       });

@@ -1,7 +1,8 @@
-// The feed-forward block of a decoder layer: norm, then a dense SwiGLU or router + experts (+ shared
-// expert), added to the residual stream. Experts run on their gathered tokens, or on every token when an
-// observer asks for un-routed outputs; both give the same stream bit for bit, because a product's row does
-// not depend on the other rows and a token's experts are summed in ascending order either way.
+// The feed-forward block of a decoder layer: norm, then a dense SwiGLU or router + experts (+
+// shared expert), added to the residual stream. Experts run on their gathered tokens, or on every
+// token when an observer asks for un-routed outputs; both give the same stream bit for bit, because
+// a product's row does not depend on the other rows and a token's experts are summed in ascending
+// order either way.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@
 namespace winnow {
 
 struct FeedForwardCall {
-  int64_t layer = 0;          // decoder index, for observers
-  int64_t first_token = 0;    // position of hidden[0] in the token set, for observers
+  int64_t layer = 0;        // decoder index, for observers
+  int64_t first_token = 0;  // position of hidden[0] in the token set, for observers
   MoeObserver* observer = nullptr;
   bool add_to_residual = true;  // false: only observe (the stream is advanced by a later call)
 };

@@ -13,7 +13,8 @@ HiddenStates::HiddenStates(int64_t num_tokens, int64_t hidden)
 
 HiddenStates::HiddenStates(int64_t num_tokens, int64_t hidden, int64_t tile_tokens,
                            const fs::path& path)
-    : num_tokens_(num_tokens), hidden_(hidden),
+    : num_tokens_(num_tokens),
+      hidden_(hidden),
       memory_(static_cast<size_t>(std::min(tile_tokens, num_tokens) * hidden)),
       file_(File::Create(path)) {
   file_->Truncate(Bytes(num_tokens, hidden));

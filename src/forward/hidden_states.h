@@ -1,5 +1,6 @@
-// The residual stream of all tokens between two layers, f32 [tokens, hidden]: in memory, or in a file of the
-// working folder when the budget does not hold it. Layer-major sweeps load a tile, change it, store it.
+// The residual stream of all tokens between two layers, f32 [tokens, hidden]: in memory, or in a
+// file of the working folder when the budget does not hold it. Layer-major sweeps load a tile,
+// change it, store it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Keys and values of the tokens a sequence has already seen, per layer, for token-by-token generation.
+// Keys and values of the tokens a sequence has already seen, per layer, for token-by-token
+// generation.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 
 namespace winnow {
 
-// One layer's cache of one sequence: keys after RoPE and values, both [kv_heads, capacity, head_dim].
+// One layer's cache of one sequence: keys after RoPE and values, both [kv_heads, capacity,
+// head_dim].
 struct LayerCache {
   AlignedBuffer<float> keys, values;
 };

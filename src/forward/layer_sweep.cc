@@ -23,8 +23,12 @@ std::vector<SequenceTile> SplitIntoTiles(const TokenSet& tokens, int64_t tile_to
 
 LayerSweep::LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,
                        const JobControl& control, std::string stage)
-    : model_(model), tokens_(tokens), control_(control), stage_(std::move(stage)),
-      tiles_(SplitIntoTiles(tokens, kTileTokens)), attention_(model.config(), pool),
+    : model_(model),
+      tokens_(tokens),
+      control_(control),
+      stage_(std::move(stage)),
+      tiles_(SplitIntoTiles(tokens, kTileTokens)),
+      attention_(model.config(), pool),
       feed_forward_(model.config(), pool),
       work_total_(tokens.num_tokens() * model.config().num_layers()) {}
 
@@ -36,10 +40,11 @@ void LayerSweep::Embed(HiddenStates& states) {
   for (const SequenceTile& tile : tiles_) {
     control_.Poll();
     float* hidden = states.Load(tile.first_token, tile.num_tokens);
-    LoadEmbeddings(model_,
-                   std::span(tokens_.ids).subspan(static_cast<size_t>(tile.first_token),
-                                                  static_cast<size_t>(tile.num_tokens)),
-                   hidden);
+    LoadEmbeddings(
+        model_,
+        std::span(tokens_.ids)
+            .subspan(static_cast<size_t>(tile.first_token), static_cast<size_t>(tile.num_tokens)),
+        hidden);
     states.Store(tile.first_token, tile.num_tokens);
   }
 }
@@ -49,15 +54,15 @@ void LayerSweep::RunLayer(int64_t layer, const LayerWeights& weights, HiddenStat
   for (const SequenceTile& tile : tiles_) {
     float* hidden = states.Load(tile.first_token, tile.num_tokens);
     RunAttention(weights, tile, hidden);
-    RunFeedForward(weights,
-                   {.layer = layer, .first_token = tile.first_token, .observer = observer},
+    RunFeedForward(weights, {.layer = layer, .first_token = tile.first_token, .observer = observer},
                    tile.num_tokens, hidden);
     states.Store(tile.first_token, tile.num_tokens);
     Advance(layer, tile.num_tokens);
   }
 }
 
-void LayerSweep::RunAttention(const LayerWeights& weights, const SequenceTile& tile, float* hidden) {
+void LayerSweep::RunAttention(const LayerWeights& weights, const SequenceTile& tile,
+                              float* hidden) {
   control_.Poll();
   attention_.Run(weights, tile.lengths, hidden);
 }

@@ -1,7 +1,7 @@
-// Layer-major execution: all tokens through layer i, then layer i + 1. Every weight is read once, memory
-// holds one layer (two with prefetch) and one tile of work, whatever the number of tokens.
-// Used by observe/, eval/ and traces; the caller owns the loop over layers so that it can checkpoint,
-// replace weights or run two streams (progressive pruning).
+// Layer-major execution: all tokens through layer i, then layer i + 1. Every weight is read once,
+// memory holds one layer (two with prefetch) and one tile of work, whatever the number of tokens.
+// Used by observe/, eval/ and traces; the caller owns the loop over layers so that it can
+// checkpoint, replace weights or run two streams (progressive pruning).
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,14 @@
 
 namespace winnow {
 
-// Tokens a tile holds by default: enough rows for every product, small enough for the cache of big models.
+// Tokens a tile holds by default: enough rows for every product, small enough for the cache of big
+// models.
 inline constexpr int64_t kTileTokens = 4096;
 
 class LayerSweep {
  public:
-  LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool, const JobControl& control,
-             std::string stage);
+  LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,
+             const JobControl& control, std::string stage);
 
   const std::vector<SequenceTile>& tiles() const { return tiles_; }
   // Embedding rows of all tokens into the stream.

@@ -18,8 +18,8 @@ void ComputeLogits(const Model& model, ThreadPool& pool, const float* hidden, in
   PackedRows packed;
   packed.Pack(normed.data(), n, h, h, pool);
   for (int64_t first = 0; first < vocabulary; first += kVocabularyChunk) {
-    const LoadedMatrix head = LoadRows(model, model.lm_head(), first,
-                                       std::min(kVocabularyChunk, vocabulary - first));
+    const LoadedMatrix head =
+        LoadRows(model, model.lm_head(), first, std::min(kVocabularyChunk, vocabulary - first));
     MatMul(packed, head.matrix, logits + first, vocabulary, pool);
   }
 }

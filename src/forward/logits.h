@@ -9,8 +9,8 @@
 
 namespace winnow {
 
-// Rows of the vocabulary multiplied at once: bounds what of lm_head is in memory. A constant, because it
-// fixes how log-sum-exps are combined.
+// Rows of the vocabulary multiplied at once: bounds what of lm_head is in memory. A constant,
+// because it fixes how log-sum-exps are combined.
 inline constexpr int64_t kVocabularyChunk = 8192;
 
 // hidden [n, hidden_size] -> logits [n, vocab_size]. Reads lm_head from disk once, in chunks.

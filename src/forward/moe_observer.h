@@ -1,6 +1,6 @@
-// How others watch a MoE layer without the forward pass knowing who they are: statistics (observe/) and
-// traces (cli/) implement MoeObserver. Called once per run of tokens, in token order, on the caller's
-// thread; pointers are valid during the call.
+// How others watch a MoE layer without the forward pass knowing who they are: statistics (observe/)
+// and traces (cli/) implement MoeObserver. Called once per run of tokens, in token order, on the
+// caller's thread; pointers are valid during the call.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ struct MoeTokens {
   int64_t first_token = 0;  // position in the whole token set
   int64_t num_tokens = 0;   // n below
   int64_t hidden = 0;
-  int64_t num_experts = 0;          // E
-  int64_t num_experts_per_tok = 0;  // k
+  int64_t num_experts = 0;                // E
+  int64_t num_experts_per_tok = 0;        // k
   const float* residual = nullptr;        // [n, hidden] stream before the feed-forward block
   const float* input = nullptr;           // [n, hidden] normed, what router and experts see
   const float* router_logits = nullptr;   // [n, E]

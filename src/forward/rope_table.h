@@ -1,5 +1,5 @@
-// Cosines and sines of rotary positions, computed as the reference does: inverse frequencies and angles
-// in f32.
+// Cosines and sines of rotary positions, computed as the reference does: inverse frequencies and
+// angles in f32.
 #pragma once
 
 #include <cstdint>

@@ -7,8 +7,9 @@
 
 namespace winnow {
 
-// logits [n, E] -> ids, weights [n, k], highest probability first; equal probabilities go to the lower
-// expert. Probabilities are a f32 softmax over all E; weights are renormalised if config.norm_topk_prob.
+// logits [n, E] -> ids, weights [n, k], highest probability first; equal probabilities go to the
+// lower expert. Probabilities are a f32 softmax over all E; weights are renormalised if
+// config.norm_topk_prob.
 void SelectExperts(const ModelConfig& config, const float* logits, int64_t n, int64_t num_experts,
                    int32_t* topk_ids, float* topk_weights);
 

@@ -40,11 +40,13 @@ GeneratePlan PlanGenerate(const Model& model, int64_t prompt_tokens, const Gener
     plan.memory.Add(resident ? "weights of all layers" : "weights of two layers",
                     resident ? LayerReader::AllLayersBytes(model, reading)
                              : 2 * LayerReader::LargestLayerBytes(model, reading));
-    const int64_t head_rows = resident ? config.vocab_size : std::min(kVocabularyChunk, config.vocab_size);
+    const int64_t head_rows =
+        resident ? config.vocab_size : std::min(kVocabularyChunk, config.vocab_size);
     plan.memory.Add("lm_head", model.lm_head().bytes() / static_cast<uint64_t>(config.vocab_size) *
                                    static_cast<uint64_t>(head_rows));
-    plan.memory.Add("key-value cache", KeyValueCache::Bytes(config.num_layers(), config.num_kv_heads,
-                                                            config.head_dim, capacity));
+    plan.memory.Add(
+        "key-value cache",
+        KeyValueCache::Bytes(config.num_layers(), config.num_kv_heads, config.head_dim, capacity));
     plan.memory.Add("work", AttentionBlock::ScratchBytes(config, chunk, capacity, num_threads) +
                                 FeedForwardBlock::ScratchBytes(config, false) +
                                 static_cast<uint64_t>(config.vocab_size) * sizeof(float));
@@ -58,13 +60,15 @@ GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
                         const GenerateOptions& options, const GeneratePlan& plan, ThreadPool& pool,
                         const JobControl& control, const std::function<bool(int32_t)>& on_token) {
   if (prompt.empty()) {
-    throw UsageError("the prompt has no tokens", "give some text: this model adds no BOS by itself");
+    throw UsageError("the prompt has no tokens",
+                     "give some text: this model adds no BOS by itself");
   }
   const ModelConfig& config = model.config();
   const int64_t h = config.hidden_size, num_layers = config.num_layers();
   const auto prompt_tokens = static_cast<int64_t>(prompt.size());
   const int64_t capacity = prompt_tokens + options.max_new_tokens;
-  LayerReader reader(model, {.prefetch = !plan.resident, .keep_resident = plan.resident,
+  LayerReader reader(model, {.prefetch = !plan.resident,
+                             .keep_resident = plan.resident,
                              .kept_experts = options.kept_experts});
   AttentionBlock attention(config, pool);
   FeedForwardBlock feed_forward(config, pool);

@@ -1,5 +1,5 @@
-// Token-by-token generation with a key-value cache: the whole model in memory if the budget holds it, else
-// a layer at a time for every token (slow, but it runs).
+// Token-by-token generation with a key-value cache: the whole model in memory if the budget holds
+// it, else a layer at a time for every token (slow, but it runs).
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct SamplingOptions {
 struct GenerateOptions {
   SamplingOptions sampling;
   int64_t max_new_tokens = 128;
-  int64_t vocabulary_limit = 0;  // ids from here on are never sampled (rows without a token); 0: none
+  int64_t vocabulary_limit =
+      0;  // ids from here on are never sampled (rows without a token); 0: none
   bool stop_at_eos = true;
   uint64_t memory_budget_bytes = 0;
   std::vector<std::vector<int32_t>> kept_experts;

@@ -18,7 +18,8 @@ double NextUniform(uint64_t& state) {
 
 }  // namespace
 
-int32_t SampleToken(std::span<const float> logits, const SamplingOptions& options, uint64_t& state) {
+int32_t SampleToken(std::span<const float> logits, const SamplingOptions& options,
+                    uint64_t& state) {
   if (options.temperature <= 0) {
     return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
   }
@@ -30,8 +31,8 @@ int32_t SampleToken(std::span<const float> logits, const SamplingOptions& option
   };
   size_t candidates = order.size();
   if (options.top_k > 0) candidates = std::min(candidates, static_cast<size_t>(options.top_k));
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(candidates), order.end(),
-                    higher);
+  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(candidates),
+                    order.end(), higher);
   std::vector<double> probability(candidates);
   double total = 0;
   for (size_t i = 0; i < candidates; ++i) {

@@ -31,13 +31,17 @@ std::vector<std::vector<int32_t>> Subsets(int64_t n, int64_t size) {
   }
 }
 
-// A batch prepared for many subsets: per token the experts by falling score and what the intact router does.
+// A batch prepared for many subsets: per token the experts by falling score and what the intact
+// router does.
 class Batch {
  public:
   Batch(const StatsInfo& info, int64_t num_experts, int64_t num_dropped, bool has_target)
-      : experts_(num_experts), k_(info.num_experts_per_tok),
-        ranked_(std::min(num_experts, k_ + num_dropped)), normalize_(info.norm_topk_prob),
-        epsilon_(info.normalize_epsilon), has_target_(has_target) {}
+      : experts_(num_experts),
+        k_(info.num_experts_per_tok),
+        ranked_(std::min(num_experts, k_ + num_dropped)),
+        normalize_(info.norm_topk_prob),
+        epsilon_(info.normalize_epsilon),
+        has_target_(has_target) {}
 
   void Prepare(const TokenRecords& records) {
     records_ = &records;
@@ -53,8 +57,8 @@ class Batch {
                         [&](int32_t a, int32_t b) {
                           return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
                         });
-      std::copy_n(order.begin(), ranked_, order_.begin() + static_cast<std::ptrdiff_t>(
-                                                               t * static_cast<size_t>(ranked_)));
+      std::copy_n(order.begin(), ranked_,
+                  order_.begin() + static_cast<std::ptrdiff_t>(t * static_cast<size_t>(ranked_)));
       const double highest = static_cast<double>(logits[order[0]]);
       double total = 0;
       double* mass = mass_.data() + t * static_cast<size_t>(experts_);
@@ -77,7 +81,8 @@ class Batch {
     }
   }
 
-  // Sum over the batch's tokens of the squared error with experts `dropped` gone. `gone` flags them.
+  // Sum over the batch's tokens of the squared error with experts `dropped` gone. `gone` flags
+  // them.
   double SquaredError(const std::vector<int32_t>& dropped, const std::vector<uint8_t>& gone) const {
     double sum = 0;
     for (int64_t t = 0; t < records_->num_tokens; ++t) {
@@ -168,9 +173,9 @@ class Batch {
   double epsilon_;
   bool has_target_;
   const TokenRecords* records_ = nullptr;
-  std::vector<int32_t> order_;      // [n, ranked] experts by falling logit
-  std::vector<double> mass_;        // [n, E] softmax
-  std::vector<double> intact_norm_; // [n]
+  std::vector<int32_t> order_;       // [n, ranked] experts by falling logit
+  std::vector<double> mass_;         // [n, E] softmax
+  std::vector<double> intact_norm_;  // [n]
 };
 
 }  // namespace
@@ -191,19 +196,22 @@ uint64_t BinomialCoefficient(int64_t n, int64_t k) {
 
 void CheckNaee(const StatsInfo& info, int64_t keep) {
   if (info.level != StatsLevel::kFull) {
-    throw UsageError(fmt::format("NAEE needs the outputs of all experts; these statistics have level {}",
-                                 StatsLevelName(info.level)),
-                     "observe again with --stats full");
+    throw UsageError(
+        fmt::format("NAEE needs the outputs of all experts; these statistics have level {}",
+                    StatsLevelName(info.level)),
+        "observe again with --stats full");
   }
   if (keep < info.num_experts_per_tok) {
-    throw UsageError(fmt::format("--keep {}: each token uses {} experts", keep, info.num_experts_per_tok),
-                     "keep at least num_experts_per_tok experts");
+    throw UsageError(
+        fmt::format("--keep {}: each token uses {} experts", keep, info.num_experts_per_tok),
+        "keep at least num_experts_per_tok experts");
   }
   if (info.num_experts_per_tok > 128) throw UsageError("more than 128 experts per token");
   if (info.progressive_keep && *info.progressive_keep != keep) {
-    throw UsageError(fmt::format("these progressive statistics are for --keep {}, not {}",
-                                 *info.progressive_keep, keep),
-                     "progressive pruning chooses while it observes: observe again with this --keep");
+    throw UsageError(
+        fmt::format("these progressive statistics are for --keep {}, not {}",
+                    *info.progressive_keep, keep),
+        "progressive pruning chooses while it observes: observe again with this --keep");
   }
   for (const StatsLayer& layer : info.layers) {
     if (keep >= layer.num_experts) {
@@ -213,17 +221,19 @@ void CheckNaee(const StatsInfo& info, int64_t keep) {
     const uint64_t subsets = BinomialCoefficient(layer.num_experts, keep);
     if (subsets > kMaxSubsets) {
       throw UsageError(
-          fmt::format("keeping {} of {} experts means {} subsets a layer, more than the {} that are "
-                      "enumerated",
-                      keep, layer.num_experts,
-                      subsets == UINT64_MAX ? "over 10^19" : FormatCount(subsets), kMaxSubsets),
+          fmt::format(
+              "keeping {} of {} experts means {} subsets a layer, more than the {} that are "
+              "enumerated",
+              keep, layer.num_experts, subsets == UINT64_MAX ? "over 10^19" : FormatCount(subsets),
+              kMaxSubsets),
           "keep more experts (each one less to drop divides the number)");
     }
   }
 }
 
-LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                     int64_t keep, ThreadPool& pool, const JobControl& control) {
+LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
+                     const StatsLayer& layer, int64_t keep, ThreadPool& pool,
+                     const JobControl& control) {
   const int64_t experts = layer.num_experts, num_dropped = experts - keep;
   const std::vector<std::vector<int32_t>> subsets = Subsets(experts, num_dropped);
   std::vector<double> loss(subsets.size());

@@ -1,25 +1,26 @@
-// NAEE: "Not All Experts are Equal", arXiv 2402.14800, section 3.2 (layer-wise combinational pruning) and
-// its published code (method/expert_pruning.py).
+// NAEE: "Not All Experts are Equal", arXiv 2402.14800, section 3.2 (layer-wise combinational
+// pruning) and its published code (method/expert_pruning.py).
 //
 // For each MoE layer and each set D of E - r experts to drop:
 //   L(D) = sum over calibration batches b of || Z_b - Zhat_b(D) ||_F      (not squared)
-// with Z the layer's routed output and Zhat the same with the router restricted to the survivors. The
-// smallest L wins; ties go to the lexicographically first D.
+// with Z the layer's routed output and Zhat the same with the router restricted to the survivors.
+// The smallest L wins; ties go to the lexicographically first D.
 //
 // Exact from statistics: with w the routing weights of all experts, w(S) those of the survivors and
-// d = w(S) - w, || z - zhat ||^2 = d^T G d per token, G the Gram matrix of the experts' outputs; in progressive
-// runs, with a target z* of the intact model: |z*|^2 - 2 w(S).b + w(S)^T G w(S), b_e = f_e . z*.
-// Differences from the published code: weights and sums in double instead of bf16; any router with or without
-// renormalisation (deleting rows also raises the survivors' softmax, as the saved checkpoint will).
+// d = w(S) - w, || z - zhat ||^2 = d^T G d per token, G the Gram matrix of the experts' outputs; in
+// progressive runs, with a target z* of the intact model: |z*|^2 - 2 w(S).b + w(S)^T G w(S), b_e =
+// f_e . z*. Differences from the published code: weights and sums in double instead of bf16; any
+// router with or without renormalisation (deleting rows also raises the survivors' softmax, as the
+// saved checkpoint will).
 #pragma once
 
 #include <cstdint>
 
-#include "base/progress.h"         // JobControl
-#include "base/thread_pool.h"      // ThreadPool
-#include "observe/layer_stats.h"   // LayerStatsReader
-#include "observe/stats_info.h"    // StatsInfo
-#include "plan/compression_plan.h" // LayerPlan
+#include "base/progress.h"          // JobControl
+#include "base/thread_pool.h"       // ThreadPool
+#include "observe/layer_stats.h"    // LayerStatsReader
+#include "observe/stats_info.h"     // StatsInfo
+#include "plan/compression_plan.h"  // LayerPlan
 
 namespace winnow {
 
@@ -29,12 +30,13 @@ inline constexpr uint64_t kMaxSubsets = 5000;
 // C(n, k), saturating at UINT64_MAX.
 uint64_t BinomialCoefficient(int64_t n, int64_t k);
 
-// UsageError if the statistics cannot answer: no Gram records, fewer survivors than k, more subsets than
-// kMaxSubsets, progressive statistics of another keep.
+// UsageError if the statistics cannot answer: no Gram records, fewer survivors than k, more subsets
+// than kMaxSubsets, progressive statistics of another keep.
 void CheckNaee(const StatsInfo& info, int64_t keep);
 
 // The best set of `keep` survivors of one layer, by enumeration.
-LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                     int64_t keep, ThreadPool& pool, const JobControl& control);
+LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
+                     const StatsLayer& layer, int64_t keep, ThreadPool& pool,
+                     const JobControl& control);
 
 }  // namespace winnow

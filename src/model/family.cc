@@ -13,7 +13,9 @@ constexpr std::array<const Family*, 5> kFamilies = {&families::kMixtral, &famili
 
 }  // namespace
 
-std::span<const Family* const> AllFamilies() { return kFamilies; }
+std::span<const Family* const> AllFamilies() {
+  return kFamilies;
+}
 
 const Family* FindFamily(std::string_view model_type) {
   for (const Family* family : kFamilies) {

@@ -25,15 +25,15 @@ enum class MoeLayerRule : uint8_t {
 // When an attention projection has a bias.
 enum class BiasRule : uint8_t {
   kNever,
-  kUnlessQkvBiasFalse,   // `qkv_bias`, default true
-  kIfAttentionBias,      // `attention_bias`, default false
+  kUnlessQkvBiasFalse,  // `qkv_bias`, default true
+  kIfAttentionBias,     // `attention_bias`, default false
 };
 
 enum class NormalizeTopk : uint8_t { kAlways, kIfNormTopkProb };
 
 enum class SharedExpert : uint8_t {
   kNone,
-  kWidthKey,       // width under shared_width_key, multiplied by sigmoid(x . shared_expert_gate)
+  kWidthKey,          // width under shared_width_key, multiplied by sigmoid(x . shared_expert_gate)
   kMultipleOfExpert,  // n_shared_experts x expert width as one MLP, weight 1
 };
 
@@ -69,14 +69,14 @@ struct Family {
   std::string_view architecture;
   std::string_view expert_width_key;  // config key of the experts' intermediate size
   std::string_view shared_width_key;
-  std::string_view num_experts_key;   // the key to write; aliases are read for every family
+  std::string_view num_experts_key;  // the key to write; aliases are read for every family
   FamilyDefaults defaults;
   MoeLayerRule moe_layers = MoeLayerRule::kEveryLayer;
   BiasRule qkv_bias = BiasRule::kNever;
   BiasRule output_bias = BiasRule::kNever;
   QkNorm qk_norm = QkNorm::kNone;
   NormalizeTopk normalize_topk = NormalizeTopk::kIfNormTopkProb;
-  double normalize_epsilon = 0.0;     // added to the sum of the selected probabilities
+  double normalize_epsilon = 0.0;  // added to the sum of the selected probabilities
   SharedExpert shared_expert = SharedExpert::kNone;
   bool reads_clip_qkv = false;
   // A number under `sliding_window` limits attention (else it only does with use_sliding_window).

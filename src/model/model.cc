@@ -12,10 +12,26 @@ namespace winnow {
 
 uint64_t LayerSlices::CommonBytes() const {
   uint64_t total = 0;
-  for (const TensorSlice* slice :
-       {&input_norm, &post_attention_norm, &q, &k, &v, &o, &q_bias, &k_bias, &v_bias, &o_bias,
-        &q_norm, &k_norm, &router, &shared.gate, &shared.up, &shared.down, &shared_router,
-        &dense.gate, &dense.up, &dense.down}) {
+  for (const TensorSlice* slice : {&input_norm,
+                                   &post_attention_norm,
+                                   &q,
+                                   &k,
+                                   &v,
+                                   &o,
+                                   &q_bias,
+                                   &k_bias,
+                                   &v_bias,
+                                   &o_bias,
+                                   &q_norm,
+                                   &k_norm,
+                                   &router,
+                                   &shared.gate,
+                                   &shared.up,
+                                   &shared.down,
+                                   &shared_router,
+                                   &dense.gate,
+                                   &dense.up,
+                                   &dense.down}) {
     total += slice->bytes();
   }
   return total;
@@ -36,7 +52,8 @@ class ModelResolver {
       : model_(model), checkpoint_(*model.checkpoint_), config_(model.config_) {}
 
   void Resolve() {
-    model_.embedding_ = Require("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
+    model_.embedding_ =
+        Require("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size);
     model_.final_norm_ = Vector("model.norm.weight", config_.hidden_size);
     ResolveLmHead();
     const auto num_layers = config_.num_layers();
@@ -67,10 +84,10 @@ class ModelResolver {
   TensorSlice Check(const TensorInfo& tensor, int64_t rows, int64_t cols,
                     const std::vector<uint64_t>& shape) {
     if (tensor.shape != shape) {
-      throw ModelError(fmt::format("{}: tensor {}: expected shape [{}], got {}",
-                                   checkpoint_.folder().string(), tensor.name,
-                                   fmt::join(shape, ", "), tensor.Describe()),
-                       "the tensor does not fit config.json; fetch both from the same revision");
+      throw ModelError(
+          fmt::format("{}: tensor {}: expected shape [{}], got {}", checkpoint_.folder().string(),
+                      tensor.name, fmt::join(shape, ", "), tensor.Describe()),
+          "the tensor does not fit config.json; fetch both from the same revision");
     }
     if (!IsComputeDtype(tensor.dtype)) {
       throw ModelError(fmt::format("{}: tensor {}: expected F32, F16 or BF16, got {}",
@@ -111,8 +128,8 @@ class ModelResolver {
     if (config_.output_bias) slices.o_bias = Vector(attention + "o_proj.bias", hidden);
     if (config_.qk_norm != QkNorm::kNone) {
       const bool per_head = config_.qk_norm == QkNorm::kPerHead;
-      slices.q_norm = Vector(attention + "q_norm.weight",
-                             per_head ? config_.head_dim : config_.query_width());
+      slices.q_norm =
+          Vector(attention + "q_norm.weight", per_head ? config_.head_dim : config_.query_width());
       slices.k_norm =
           Vector(attention + "k_norm.weight", per_head ? config_.head_dim : config_.kv_width());
     }
@@ -148,8 +165,7 @@ class ModelResolver {
     const auto layer_id = static_cast<int32_t>(index);
     const std::string fused_name = prefix + std::string(names.fused_gate_up);
     const bool fused = checkpoint_.Find(fused_name) != nullptr;
-    const bool per_expert =
-        checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
+    const bool per_expert = checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
     if (fused && per_expert) {
       throw ModelError(fmt::format("{}: layer {} has both fused and per-expert tensors",
                                    checkpoint_.folder().string(), index),
@@ -161,11 +177,11 @@ class ModelResolver {
       return;
     }
     for (int64_t e = 0; e < layer.num_experts; ++e) {
-      slices.experts.push_back(FeedForward(
-          prefix, ExpertName(names.expert_gate, e), ExpertName(names.expert_up, e),
-          ExpertName(names.expert_down, e), layer.expert_width));
-      for (const TensorSlice* slice : {&slices.experts.back().gate, &slices.experts.back().up,
-                                       &slices.experts.back().down}) {
+      slices.experts.push_back(FeedForward(prefix, ExpertName(names.expert_gate, e),
+                                           ExpertName(names.expert_up, e),
+                                           ExpertName(names.expert_down, e), layer.expert_width));
+      for (const TensorSlice* slice :
+           {&slices.experts.back().gate, &slices.experts.back().up, &slices.experts.back().down}) {
         model_.roles_[slice->tensor->name] = {TensorKind::kExpert, layer_id,
                                               static_cast<int32_t>(e)};
       }
@@ -196,14 +212,14 @@ class ModelResolver {
     const auto experts = static_cast<uint64_t>(layer.num_experts);
     const auto h = static_cast<uint64_t>(hidden), i = static_cast<uint64_t>(width);
     if (down == nullptr) {
-      throw ModelError(fmt::format("{}: tensor {}{} is missing", checkpoint_.folder().string(), prefix,
-                                   names.fused_down));
+      throw ModelError(fmt::format("{}: tensor {}{} is missing", checkpoint_.folder().string(),
+                                   prefix, names.fused_down));
     }
     // [E, hidden, 2I] is the transposed orientation some trainers write.
     if (both->shape == std::vector<uint64_t>{experts, h, 2 * i} && h != 2 * i) {
       throw ModelError(fmt::format("{}: tensor {} is stored transposed ({}), expected [{}, {}, {}]",
-                                   checkpoint_.folder().string(), both->name, both->Describe(), experts,
-                                   2 * i, h),
+                                   checkpoint_.folder().string(), both->name, both->Describe(),
+                                   experts, 2 * i, h),
                        "save the checkpoint in its original per-expert format");
     }
     Check(*both, 0, 0, {experts, 2 * i, h});
@@ -258,7 +274,9 @@ class ModelResolver {
   std::unordered_set<const TensorInfo*> known_;
 };
 
-Model Model::Open(const fs::path& folder) { return FromCheckpoint(Checkpoint::Open(folder)); }
+Model Model::Open(const fs::path& folder) {
+  return FromCheckpoint(Checkpoint::Open(folder));
+}
 
 Model Model::FromCheckpoint(Checkpoint checkpoint) {
   Model model;

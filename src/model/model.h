@@ -1,6 +1,7 @@
-// A checkpoint with meaning: its config and, for every layer, where each weight lies on disk. Holds no
-// weight bytes. Opening checks every name and shape against the config, so that nothing after it can
-// meet a missing or misshapen tensor. ModelError names the tensor, what was expected and what was found.
+// A checkpoint with meaning: its config and, for every layer, where each weight lies on disk. Holds
+// no weight bytes. Opening checks every name and shape against the config, so that nothing after it
+// can meet a missing or misshapen tensor. ModelError names the tensor, what was expected and what
+// was found.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@
 
 namespace winnow {
 
-// A matrix (or vector: rows = 1) inside a stored tensor; experts of a fused tensor are slices of it.
+// A matrix (or vector: rows = 1) inside a stored tensor; experts of a fused tensor are slices of
+// it.
 struct TensorSlice {
   const TensorInfo* tensor = nullptr;
   uint64_t offset_bytes = 0;  // inside the tensor
@@ -35,15 +37,15 @@ struct FeedForwardSlices {
 };
 
 struct LayerSlices {
-  TensorSlice input_norm, post_attention_norm;      // [hidden]
-  TensorSlice q, k, v, o;                           // [heads * head_dim, hidden], ..., [hidden, ...]
-  TensorSlice q_bias, k_bias, v_bias, o_bias;       // optional
-  TensorSlice q_norm, k_norm;                       // optional
-  TensorSlice router;                               // [E, hidden], MoE layers
-  std::vector<FeedForwardSlices> experts;           // [E], MoE layers
-  FeedForwardSlices shared;                         // MoE layers with a shared expert
-  TensorSlice shared_router;                        // [1, hidden], sigmoid gate of the shared expert
-  FeedForwardSlices dense;                          // layers without experts
+  TensorSlice input_norm, post_attention_norm;  // [hidden]
+  TensorSlice q, k, v, o;                       // [heads * head_dim, hidden], ..., [hidden, ...]
+  TensorSlice q_bias, k_bias, v_bias, o_bias;   // optional
+  TensorSlice q_norm, k_norm;                   // optional
+  TensorSlice router;                           // [E, hidden], MoE layers
+  std::vector<FeedForwardSlices> experts;       // [E], MoE layers
+  FeedForwardSlices shared;                     // MoE layers with a shared expert
+  TensorSlice shared_router;                    // [1, hidden], sigmoid gate of the shared expert
+  FeedForwardSlices dense;                      // layers without experts
 
   // Bytes of everything but routed experts, and of all routed experts.
   uint64_t CommonBytes() const;

@@ -78,8 +78,9 @@ const Family& FamilyOf(const ConfigReader& reader, const std::string& where) {
   for (const Family* each : AllFamilies()) {
     known += fmt::format("{}{}", known.empty() ? "" : ", ", each->model_type);
   }
-  throw ModelError(fmt::format("{}: model_type \"{}\" is not a family Winnow reads", where, model_type),
-                   fmt::format("known families: {}", known));
+  throw ModelError(
+      fmt::format("{}: model_type \"{}\" is not a family Winnow reads", where, model_type),
+      fmt::format("known families: {}", known));
 }
 
 int64_t ReadExpertCount(const ConfigReader& reader, const Family& family) {
@@ -89,7 +90,8 @@ int64_t ReadExpertCount(const ConfigReader& reader, const Family& family) {
     const auto value = reader.Integer(key, 0, 65536);
     if (!value) continue;
     if (count && *count != *value) {
-      reader.Fail(key, fmt::format("{} as under \"{}\"", *count, first_key), std::to_string(*value));
+      reader.Fail(key, fmt::format("{} as under \"{}\"", *count, first_key),
+                  std::to_string(*value));
     }
     count = value;
     first_key = key;
@@ -124,24 +126,27 @@ RopeConfig ReadRope(const ConfigReader& reader, const OrderedJson& config, const
   }
   if (!(rope.theta > 0)) reader.Fail("rope_theta", "a number above 0", std::to_string(rope.theta));
   const double rotary = reader.Number("partial_rotary_factor").value_or(1.0);
-  if (rotary != 1.0) reader.Fail("partial_rotary_factor", "1.0", config["partial_rotary_factor"].dump());
+  if (rotary != 1.0)
+    reader.Fail("partial_rotary_factor", "1.0", config["partial_rotary_factor"].dump());
   return rope;
 }
 
 bool HasBias(const ConfigReader& reader, BiasRule rule) {
   switch (rule) {
-    case BiasRule::kNever: return false;
-    case BiasRule::kUnlessQkvBiasFalse: return reader.Flag("qkv_bias", true);
-    case BiasRule::kIfAttentionBias: return reader.Flag("attention_bias", false);
+    case BiasRule::kNever:
+      return false;
+    case BiasRule::kUnlessQkvBiasFalse:
+      return reader.Flag("qkv_bias", true);
+    case BiasRule::kIfAttentionBias:
+      return reader.Flag("attention_bias", false);
   }
   return false;
 }
 
 void ReadAttention(const ConfigReader& reader, const Family& family, ModelConfig& out) {
   out.num_heads = reader.RequiredInteger("num_attention_heads", 1, kMaxDimension);
-  const int64_t default_kv_heads = family.defaults.num_key_value_heads > 0
-                                       ? family.defaults.num_key_value_heads
-                                       : out.num_heads;
+  const int64_t default_kv_heads =
+      family.defaults.num_key_value_heads > 0 ? family.defaults.num_key_value_heads : out.num_heads;
   out.num_kv_heads =
       reader.Integer("num_key_value_heads", 1, kMaxDimension).value_or(default_kv_heads);
   if (out.num_heads % out.num_kv_heads != 0) {
@@ -157,7 +162,8 @@ void ReadAttention(const ConfigReader& reader, const Family& family, ModelConfig
   } else {
     out.head_dim = out.hidden_size / out.num_heads;
   }
-  if (out.head_dim % 2 != 0) reader.Fail("head_dim", "an even number", std::to_string(out.head_dim));
+  if (out.head_dim % 2 != 0)
+    reader.Fail("head_dim", "an even number", std::to_string(out.head_dim));
   out.qkv_bias = HasBias(reader, family.qkv_bias);
   out.output_bias = HasBias(reader, family.output_bias);
   out.qk_norm = family.qk_norm;
@@ -167,7 +173,8 @@ void ReadAttention(const ConfigReader& reader, const Family& family, ModelConfig
   if (family.sliding_window_by_value) {
     out.attention_window = reader.Integer("sliding_window", 1, int64_t{1} << 40).value_or(0);
   } else if (reader.Flag("use_sliding_window", false)) {
-    reader.Fail("use_sliding_window", "false (which layers slide differs between versions)", "true");
+    reader.Fail("use_sliding_window", "false (which layers slide differs between versions)",
+                "true");
   }
 }
 
@@ -193,8 +200,8 @@ void ReadLayers(const ConfigReader& reader, const Family& family, ModelConfig& o
     shared_width = reader.RequiredInteger(std::string(family.shared_width_key), 0, kMaxDimension);
     out.shared_expert_gated = true;
   } else if (family.shared_expert == SharedExpert::kMultipleOfExpert) {
-    shared_width = reader.Integer(std::string(family.shared_width_key), 0, 4096).value_or(0) *
-                   expert_width;
+    shared_width =
+        reader.Integer(std::string(family.shared_width_key), 0, 4096).value_or(0) * expert_width;
   }
   const std::vector<int64_t> dense_layers = ReadIndexList(reader, "mlp_only_layers");
   const int64_t step = reader.Integer("decoder_sparse_step", 1, kMaxLayers).value_or(1);
@@ -203,7 +210,9 @@ void ReadLayers(const ConfigReader& reader, const Family& family, ModelConfig& o
   for (int64_t i = 0; i < num_layers; ++i) {
     LayerConfig layer;
     switch (family.moe_layers) {
-      case MoeLayerRule::kEveryLayer: layer.is_moe = true; break;
+      case MoeLayerRule::kEveryLayer:
+        layer.is_moe = true;
+        break;
       case MoeLayerRule::kSparseStep:
         layer.is_moe = num_experts > 0 && (i + 1) % step == 0 &&
                        std::find(dense_layers.begin(), dense_layers.end(), i) == dense_layers.end();
@@ -288,8 +297,8 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
   if (!scoring.empty() && scoring != "softmax") reader.Fail("scoring_func", "\"softmax\"", scoring);
   ReadAttention(reader, family, out);
   out.rope = ReadRope(reader, config, family, where);
-  out.norm_topk_prob = family.normalize_topk == NormalizeTopk::kAlways ||
-                       reader.Flag("norm_topk_prob", false);
+  out.norm_topk_prob =
+      family.normalize_topk == NormalizeTopk::kAlways || reader.Flag("norm_topk_prob", false);
   out.normalize_epsilon = family.normalize_epsilon;
   ReadLayers(reader, family, out);
   out.tie_word_embeddings = reader.Flag("tie_word_embeddings", false);
@@ -299,7 +308,8 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
   return out;
 }
 
-OrderedJson ConfigWithExperts(const OrderedJson& config, const Family& family, int64_t num_experts) {
+OrderedJson ConfigWithExperts(const OrderedJson& config, const Family& family,
+                              int64_t num_experts) {
   OrderedJson edited = config;
   bool found = false;
   for (const char* key : kExpertCountKeys) {

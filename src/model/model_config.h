@@ -1,8 +1,8 @@
 // What a checkpoint's config.json says, checked and in one dialect. Everything after this header
 // branches on these properties, never on a family's name.
 //
-// Letters used in shapes: hidden = hidden_size, heads, kv_heads, head_dim, E = num_experts of the layer,
-// k = num_experts_per_tok, I = expert_width, S = shared_width, V = vocab_size.
+// Letters used in shapes: hidden = hidden_size, heads, kv_heads, head_dim, E = num_experts of the
+// layer, k = num_experts_per_tok, I = expert_width, S = shared_width, V = vocab_size.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,17 @@
 #include <string>
 #include <vector>
 
-#include "base/json.h"      // OrderedJson
-#include "model/family.h"   // Family, QkNorm
+#include "base/json.h"     // OrderedJson
+#include "model/family.h"  // Family, QkNorm
 
 namespace winnow {
 
 struct LayerConfig {
   bool is_moe = false;
-  int64_t num_experts = 0;    // E; the router has this many rows
-  int64_t expert_width = 0;   // I
-  int64_t shared_width = 0;   // S, 0 if there is no shared expert
-  int64_t dense_width = 0;    // of a layer without experts
+  int64_t num_experts = 0;   // E; the router has this many rows
+  int64_t expert_width = 0;  // I
+  int64_t shared_width = 0;  // S, 0 if there is no shared expert
+  int64_t dense_width = 0;   // of a layer without experts
 };
 
 struct RopeConfig {
@@ -38,17 +38,17 @@ struct ModelConfig {
   int64_t max_position_embeddings = 0;  // 0 if the config does not say
   float rms_norm_eps = 1e-6f;
   RopeConfig rope;
-  int64_t attention_window = 0;         // keys a query may see, itself included; 0 = all
+  int64_t attention_window = 0;  // keys a query may see, itself included; 0 = all
   bool qkv_bias = false;
   bool output_bias = false;
   QkNorm qk_norm = QkNorm::kNone;
   std::optional<float> clip_qkv;
-  int64_t num_experts_per_tok = 0;      // k
+  int64_t num_experts_per_tok = 0;  // k
   bool norm_topk_prob = false;
   double normalize_epsilon = 0.0;
   bool shared_expert_gated = false;
   bool tie_word_embeddings = false;
-  std::string stored_dtype;             // `torch_dtype` or `dtype`, as written
+  std::string stored_dtype;  // `torch_dtype` or `dtype`, as written
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id;
   std::vector<LayerConfig> layers;

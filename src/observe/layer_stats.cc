@@ -58,7 +58,8 @@ uint64_t StatsBytes(const StatsInfo& info) {
 
 LayerStatsWriter::LayerStatsWriter(const fs::path& folder, const StatsInfo& info,
                                    const StatsLayer& layer)
-    : path_(LayerStatsPath(folder, layer.layer)), file_(File::Create(path_.string() + ".tmp")),
+    : path_(LayerStatsPath(folder, layer.layer)),
+      file_(File::Create(path_.string() + ".tmp")),
       tensors_(LayerStatsLayout(info, layer)) {
   const std::string header = LayOutSafetensors(tensors_, {{"format", "winnow.stats/1"}});
   file_.WriteAt(0, std::as_bytes(std::span(header)));
@@ -98,13 +99,14 @@ void LayerStatsWriter::Finish() {
 LayerStatsReader::LayerStatsReader(const fs::path& folder, const StatsInfo& info,
                                    const StatsLayer& layer)
     : file_(SafetensorsFile::Open(LayerStatsPath(folder, layer.layer))),
-      num_sources_(info.sources.size()), num_experts_(layer.num_experts),
+      num_sources_(info.sources.size()),
+      num_experts_(layer.num_experts),
       has_target_(info.progressive_keep.has_value()) {
   for (const TensorInfo& expected : LayerStatsLayout(info, layer)) {
     const TensorInfo& found = file_.Get(expected.name);
     if (found.dtype != expected.dtype || found.shape != expected.shape) {
-      throw ModelError(fmt::format("{}: {}: expected {}, got {}", file_.path().string(), expected.name,
-                                   expected.Describe(), found.Describe()),
+      throw ModelError(fmt::format("{}: {}: expected {}, got {}", file_.path().string(),
+                                   expected.name, expected.Describe(), found.Describe()),
                        "the statistics are damaged; observe again");
     }
   }
@@ -119,7 +121,8 @@ void LayerStatsReader::ReadRows(const char* name, int64_t first, int64_t count,
                  std::as_writable_bytes(std::span(out)));
 }
 
-void LayerStatsReader::ReadTokens(int64_t first_token, int64_t num_tokens, TokenRecords& out) const {
+void LayerStatsReader::ReadTokens(int64_t first_token, int64_t num_tokens,
+                                  TokenRecords& out) const {
   out.num_tokens = num_tokens;
   ReadRows("router_logits", first_token, num_tokens, out.router_logits);
   ReadRows("gram", first_token, num_tokens, out.gram);
@@ -131,7 +134,8 @@ void LayerStatsReader::ReadTokens(int64_t first_token, int64_t num_tokens, Token
 std::vector<int64_t> LayerStatsReader::Coverage() const {
   std::vector<int64_t> total(static_cast<size_t>(num_experts_)), part(total.size());
   for (size_t s = 0; s < num_sources_; ++s) {
-    file_.Read(file_.Get(fmt::format("sums.{}.tokens", s)), std::as_writable_bytes(std::span(part)));
+    file_.Read(file_.Get(fmt::format("sums.{}.tokens", s)),
+               std::as_writable_bytes(std::span(part)));
     for (size_t e = 0; e < total.size(); ++e) total[e] += part[e];
   }
   return total;

@@ -7,13 +7,14 @@
 //   residual_norm_squared  F32 [T]     |h|^2 of the stream before the block
 //   stream_norm_squared    F32 [T]     |h'|^2 after the block
 //   residual_dot_routed    F32 [T]     h . z
-//   target_dot             F32 [T, E]  f_e . z*, z* the intact model's routed output       (progressive)
-//   target_norm_squared    F32 [T]     |z*|^2                                              (progressive)
-// Sums by source s, in F64 over tokens in order: sums.{s}.tokens I64 [E] (coverage), sums.{s}.weight [E],
-//   sums.{s}.selected_output, .weighted_output, .squared_weight_output [E, hidden] (routed, full) and
-//   .output [E, hidden] (full).
-// The layout is fixed when the file is created, so records are written where they belong while the layer
-// runs and nothing is held in memory.
+//   target_dot             F32 [T, E]  f_e . z*, z* the intact model's routed output (progressive)
+//   target_norm_squared    F32 [T]     |z*|^2 (progressive)
+// Sums by source s, in F64 over tokens in order: sums.{s}.tokens I64 [E] (coverage),
+// sums.{s}.weight [E],
+//   sums.{s}.selected_output, .weighted_output, .squared_weight_output [E, hidden] (routed, full)
+//   and .output [E, hidden] (full).
+// The layout is fixed when the file is created, so records are written where they belong while the
+// layer runs and nothing is held in memory.
 #pragma once
 
 #include <cstdint>

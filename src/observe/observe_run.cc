@@ -74,9 +74,10 @@ double PassFlop(const ModelConfig& config, int64_t tokens, bool all_experts) {
 
 // Where an interrupted run stands: OUT.partial/progress.json, replaced after each layer.
 struct Progress {
-  std::string fingerprint;      // of model, text and every flag that changes the result
-  int64_t stats_layers = 0;     // decoder layers whose statistics are complete
-  int64_t stream_layer = 0;     // layers the saved stream has gone through; 0: start from the embedding
+  std::string fingerprint;   // of model, text and every flag that changes the result
+  int64_t stats_layers = 0;  // decoder layers whose statistics are complete
+  int64_t stream_layer =
+      0;  // layers the saved stream has gone through; 0: start from the embedding
   std::vector<std::vector<int32_t>> survivors;  // progressive: chosen so far, by decoder layer
 };
 
@@ -113,10 +114,11 @@ Progress LoadProgress(const fs::path& folder, const std::string& fingerprint, in
     progress.stream_layer = json.at("stream_layer").get<int64_t>();
     progress.survivors = json.at("survivors").get<std::vector<std::vector<int32_t>>>();
   } catch (const Json::exception& problem) {
-    throw ModelError(fmt::format("{}: {}", path.string(), problem.what()), "start again with --force");
+    throw ModelError(fmt::format("{}: {}", path.string(), problem.what()),
+                     "start again with --force");
   }
-  if (progress.stats_layers < 0 || progress.stats_layers > num_layers || progress.stream_layer < 0 ||
-      progress.stream_layer > progress.stats_layers) {
+  if (progress.stats_layers < 0 || progress.stats_layers > num_layers ||
+      progress.stream_layer < 0 || progress.stream_layer > progress.stats_layers) {
     throw ModelError(fmt::format("{}: implausible layer numbers", path.string()),
                      "start again with --force");
   }
@@ -129,7 +131,12 @@ class Observer {
   Observer(const Model& model, const TokenSet& tokens, const ObserveOptions& options,
            const ObservePlan& plan, const fs::path& folder, ThreadPool& pool,
            const JobControl& control)
-      : model_(model), tokens_(tokens), options_(options), plan_(plan), folder_(folder), pool_(pool),
+      : model_(model),
+        tokens_(tokens),
+        options_(options),
+        plan_(plan),
+        folder_(folder),
+        pool_(pool),
         reader_(model, {.prefetch = plan.prefetch, .kept_experts = options.kept_experts}),
         sweep_(model, tokens, pool, control, "observe") {
     intact_ = MakeStream("stream");
@@ -233,14 +240,17 @@ class Observer {
       target.first = tile.first_token;
       float* intact = intact_->Load(tile.first_token, n);
       sweep_.RunAttention(weights, tile, intact);
-      sweep_.RunFeedForward(
-          weights, {.layer = layer, .first_token = tile.first_token, .observer = &target}, n, intact);
+      sweep_.RunFeedForward(weights,
+                            {.layer = layer, .first_token = tile.first_token, .observer = &target},
+                            n, intact);
       intact_->Store(tile.first_token, n);
       collector.SetTarget(target.routed.data(), tile.first_token);
       float* drifted = drifted_->Load(tile.first_token, n);
       sweep_.RunAttention(weights, tile, drifted);
       sweep_.RunFeedForward(weights,
-                            {.layer = layer, .first_token = tile.first_token, .observer = &collector,
+                            {.layer = layer,
+                             .first_token = tile.first_token,
+                             .observer = &collector,
                              .add_to_residual = false},
                             n, drifted);
       drifted_->Store(tile.first_token, n);
@@ -335,8 +345,7 @@ ObservePlan PlanObserve(const Model& model, const std::vector<SourceBlocks>& sou
        {std::pair{true, false}, {false, false}, {true, true}, {false, true}}) {
     plan.prefetch = prefetch;
     plan.spill = spill;
-    plan.memory =
-        MakeMemoryPlan(model, tokens, options, plan.info, prefetch, spill, num_threads);
+    plan.memory = MakeMemoryPlan(model, tokens, options, plan.info, prefetch, spill, num_threads);
     if (plan.memory.total_bytes() <= options.memory_budget_bytes) return plan;
   }
   plan.memory.Require(options.memory_budget_bytes);
@@ -351,7 +360,8 @@ ObserveResult RunObserve(const Model& model, const std::vector<SourceBlocks>& so
   if (!options.resume) fs::remove_all(folder);
   fs::create_directories(folder);
   const uint64_t streams = plan.info.progressive_keep ? 2 : 1;
-  const uint64_t stream_bytes = HiddenStates::Bytes(tokens.num_tokens(), model.config().hidden_size);
+  const uint64_t stream_bytes =
+      HiddenStates::Bytes(tokens.num_tokens(), model.config().hidden_size);
   RequireDiskSpace(output, plan.stats_bytes + streams * stream_bytes * (plan.spill ? 3 : 2),
                    "the statistics");
   ObserveResult result;

@@ -1,6 +1,7 @@
-// `winnow observe`: one layer-major pass over the calibration tokens that writes a statistics folder.
-// Crash-safe: each finished layer's statistics are on disk under OUT.partial, with the residual stream
-// beside them from time to time; a resumed run writes the same bytes. OUT appears by rename.
+// `winnow observe`: one layer-major pass over the calibration tokens that writes a statistics
+// folder. Crash-safe: each finished layer's statistics are on disk under OUT.partial, with the
+// residual stream beside them from time to time; a resumed run writes the same bytes. OUT appears
+// by rename.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "base/memory.h"          // MemoryPlan
-#include "base/progress.h"        // JobControl
-#include "base/thread_pool.h"     // ThreadPool
-#include "model/model.h"          // Model
-#include "observe/stats_info.h"   // StatsInfo, StatsLevel
-#include "text/block_builder.h"   // SourceBlocks
+#include "base/memory.h"         // MemoryPlan
+#include "base/progress.h"       // JobControl
+#include "base/thread_pool.h"    // ThreadPool
+#include "model/model.h"         // Model
+#include "observe/stats_info.h"  // StatsInfo, StatsLevel
+#include "text/block_builder.h"  // SourceBlocks
 
 namespace winnow {
 

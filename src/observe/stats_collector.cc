@@ -10,8 +10,8 @@
 namespace winnow {
 
 struct StatsCollector::SourceSums {
-  std::vector<int64_t> tokens;  // [E]
-  std::vector<double> weight;   // [E]
+  std::vector<int64_t> tokens;                                  // [E]
+  std::vector<double> weight;                                   // [E]
   std::vector<double> selected, weighted, squared_weight, all;  // [E, hidden]
 };
 
@@ -116,7 +116,8 @@ void StatsCollector::Sums(const MoeTokens& m) {
       const auto expert = static_cast<size_t>(e);
       for (int64_t t = first; t < end; ++t) {
         if (m.expert_outputs != nullptr) {
-          AccumulateDouble(sums.all.data() + e * h, 1.0, m.expert_outputs + (t * experts + e) * h, h);
+          AccumulateDouble(sums.all.data() + e * h, 1.0, m.expert_outputs + (t * experts + e) * h,
+                           h);
         }
         for (int64_t i = 0; i < k; ++i) {
           if (m.topk_ids[t * k + i] != e) continue;
@@ -124,9 +125,8 @@ void StatsCollector::Sums(const MoeTokens& m) {
           ++sums.tokens[expert];
           sums.weight[expert] += w;
           if (m.expert_outputs == nullptr && m.selected_outputs == nullptr) continue;
-          const float* row = m.expert_outputs != nullptr
-                                 ? m.expert_outputs + (t * experts + e) * h
-                                 : m.selected_outputs + (t * k + i) * h;
+          const float* row = m.expert_outputs != nullptr ? m.expert_outputs + (t * experts + e) * h
+                                                         : m.selected_outputs + (t * k + i) * h;
           AccumulateDouble(sums.selected.data() + e * h, 1.0, row, h);
           AccumulateDouble(sums.weighted.data() + e * h, w, row, h);
           AccumulateDouble(sums.squared_weight.data() + e * h, w * w, row, h);
@@ -149,7 +149,8 @@ void StatsCollector::Finish() {
       writer_.WriteWhole(prefix + "squared_weight_output",
                          std::as_bytes(std::span(sums.squared_weight)));
     }
-    if (!sums.all.empty()) writer_.WriteWhole(prefix + "output", std::as_bytes(std::span(sums.all)));
+    if (!sums.all.empty())
+      writer_.WriteWhole(prefix + "output", std::as_bytes(std::span(sums.all)));
   }
   writer_.Finish();
 }
@@ -161,8 +162,10 @@ uint64_t StatsCollector::Bytes(const StatsInfo& info, int64_t max_experts, int64
   if (info.level == StatsLevel::kFull) floats += chunk * experts * (experts + 1) / 2;
   if (info.progressive_keep) floats += chunk * (experts + 1);
   uint64_t doubles = experts * 2;
-  if (info.level == StatsLevel::kRouted) doubles += experts * static_cast<uint64_t>(info.hidden_size) * 3;
-  if (info.level == StatsLevel::kFull) doubles += experts * static_cast<uint64_t>(info.hidden_size) * 4;
+  if (info.level == StatsLevel::kRouted)
+    doubles += experts * static_cast<uint64_t>(info.hidden_size) * 3;
+  if (info.level == StatsLevel::kFull)
+    doubles += experts * static_cast<uint64_t>(info.hidden_size) * 4;
   return floats * sizeof(float) + doubles * sizeof(double) * info.sources.size();
 }
 

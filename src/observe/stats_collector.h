@@ -1,6 +1,6 @@
-// Turns what a MoE layer does with its tokens into records and sums (layer_stats.h). One collector per
-// layer; listens to forward/ as a MoeObserver. Sums over tokens are taken in double, in token order, so
-// they are the same for any number of threads and any tiling.
+// Turns what a MoE layer does with its tokens into records and sums (layer_stats.h). One collector
+// per layer; listens to forward/ as a MoeObserver. Sums over tokens are taken in double, in token
+// order, so they are the same for any number of threads and any tiling.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ class StatsCollector : public MoeObserver {
   bool WantsSelectedOutputs() const override { return info_.level == StatsLevel::kRouted; }
   void OnTokens(const MoeTokens& tokens) override;
 
-  // Progressive runs: the intact model's routed output z* [n, hidden] of tokens from `first_token` on.
-  // Valid until the next call; must cover what OnTokens sees.
+  // Progressive runs: the intact model's routed output z* [n, hidden] of tokens from `first_token`
+  // on. Valid until the next call; must cover what OnTokens sees.
   void SetTarget(const float* target, int64_t first_token);
   // Writes the sums and finishes the file.
   void Finish();

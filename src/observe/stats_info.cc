@@ -55,9 +55,12 @@ class Fields {
 
 std::string_view StatsLevelName(StatsLevel level) {
   switch (level) {
-    case StatsLevel::kRouting: return "routing";
-    case StatsLevel::kRouted: return "routed";
-    case StatsLevel::kFull: return "full";
+    case StatsLevel::kRouting:
+      return "routing";
+    case StatsLevel::kRouted:
+      return "routed";
+    case StatsLevel::kFull:
+      return "full";
   }
   return "";
 }
@@ -104,24 +107,24 @@ OrderedJson StatsInfoToJson(const StatsInfo& info) {
                       {"num_experts", layer.num_experts},
                       {"expert_bytes", layer.expert_bytes}});
   }
-  OrderedJson json = {
-      {"schema", kSchema},
-      {"model",
-       {{"fingerprint", info.model_fingerprint},
-        {"model_type", info.model_type},
-        {"bytes", info.model_bytes},
-        {"num_layers", info.num_layers},
-        {"hidden_size", info.hidden_size},
-        {"num_experts_per_tok", info.num_experts_per_tok},
-        {"norm_topk_prob", info.norm_topk_prob},
-        {"normalize_epsilon", info.normalize_epsilon}}},
-      {"level", StatsLevelName(info.level)},
-      {"compute", info.compute},
-      {"isa", info.isa},
-      {"batch", info.batch},
-      {"progressive_keep", info.progressive_keep ? OrderedJson(*info.progressive_keep) : OrderedJson()},
-      {"sources", sources},
-      {"layers", layers}};
+  OrderedJson json = {{"schema", kSchema},
+                      {"model",
+                       {{"fingerprint", info.model_fingerprint},
+                        {"model_type", info.model_type},
+                        {"bytes", info.model_bytes},
+                        {"num_layers", info.num_layers},
+                        {"hidden_size", info.hidden_size},
+                        {"num_experts_per_tok", info.num_experts_per_tok},
+                        {"norm_topk_prob", info.norm_topk_prob},
+                        {"normalize_epsilon", info.normalize_epsilon}}},
+                      {"level", StatsLevelName(info.level)},
+                      {"compute", info.compute},
+                      {"isa", info.isa},
+                      {"batch", info.batch},
+                      {"progressive_keep",
+                       info.progressive_keep ? OrderedJson(*info.progressive_keep) : OrderedJson()},
+                      {"sources", sources},
+                      {"layers", layers}};
   return json;
 }
 
@@ -140,7 +143,8 @@ StatsInfo StatsInfoFromJson(const Json& json, const std::string& where) {
   if (!model.At("normalize_epsilon").is_number()) model.Fail("normalize_epsilon", "a number");
   info.normalize_epsilon = model.At("normalize_epsilon").get<double>();
   const std::string level = root.Text("level");
-  if (level != "routing" && level != "routed" && level != "full") root.Fail("level", "a known level");
+  if (level != "routing" && level != "routed" && level != "full")
+    root.Fail("level", "a known level");
   info.level = ParseStatsLevel(level);
   info.compute = root.Text("compute");
   info.isa = root.Text("isa");
@@ -198,9 +202,9 @@ StatsInfo StatsInfoFromJson(const Json& json, const std::string& where) {
 StatsInfo ReadStatsInfo(const fs::path& stats_folder) {
   const fs::path path = stats_folder / "stats.json";
   if (!fs::exists(path)) {
-    throw UsageError(fmt::format("{} is not a statistics folder: stats.json is missing",
-                                 stats_folder.string()),
-                     "make one with: winnow observe MODEL --calib TEXT -o STATS");
+    throw UsageError(
+        fmt::format("{} is not a statistics folder: stats.json is missing", stats_folder.string()),
+        "make one with: winnow observe MODEL --calib TEXT -o STATS");
   }
   return StatsInfoFromJson(ParseJson(ReadTextFile(path), path.string()), path.string());
 }
@@ -223,8 +227,7 @@ StatsInfo DescribeModel(const Model& model) {
   for (const int32_t layer : config.MoeLayers()) {
     const LayerSlices& slices = model.layers()[static_cast<size_t>(layer)];
     const int64_t experts = config.layers[static_cast<size_t>(layer)].num_experts;
-    info.layers.push_back(
-        {layer, experts, slices.ExpertBytes() / static_cast<uint64_t>(experts)});
+    info.layers.push_back({layer, experts, slices.ExpertBytes() / static_cast<uint64_t>(experts)});
   }
   return info;
 }

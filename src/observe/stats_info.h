@@ -1,5 +1,5 @@
-// What a statistics folder says about itself: stats.json. Everything a plan needs to know about the model is
-// here, so that planning needs no model. Layout of the folder: docs/FORMATS.md.
+// What a statistics folder says about itself: stats.json. Everything a plan needs to know about the
+// model is here, so that planning needs no model. Layout of the folder: docs/FORMATS.md.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 
 namespace winnow {
 
-// How much is gathered: routing only; also the outputs of the experts each token used; or the outputs of
-// every expert on every token (Gram matrices, needed by NAEE).
+// How much is gathered: routing only; also the outputs of the experts each token used; or the
+// outputs of every expert on every token (Gram matrices, needed by NAEE).
 enum class StatsLevel : uint8_t { kRouting, kRouted, kFull };
 
 std::string_view StatsLevelName(StatsLevel level);
@@ -30,9 +30,9 @@ struct StatsSource {
 };
 
 struct StatsLayer {
-  int32_t layer = 0;            // decoder index
+  int32_t layer = 0;  // decoder index
   int64_t num_experts = 0;
-  uint64_t expert_bytes = 0;    // of one expert, as stored
+  uint64_t expert_bytes = 0;  // of one expert, as stored
 };
 
 struct StatsInfo {
@@ -47,10 +47,10 @@ struct StatsInfo {
   StatsLevel level = StatsLevel::kFull;
   std::string compute;
   std::string isa;
-  int64_t batch = 8;                         // sequences in one batch of the published loss
-  std::optional<int64_t> progressive_keep;   // set if gathered by the two-stream sweep
+  int64_t batch = 8;                        // sequences in one batch of the published loss
+  std::optional<int64_t> progressive_keep;  // set if gathered by the two-stream sweep
   std::vector<StatsSource> sources;
-  std::vector<StatsLayer> layers;            // MoE layers, ascending
+  std::vector<StatsLayer> layers;  // MoE layers, ascending
 
   int64_t num_tokens() const;
   // Token counts of the batches, in order; batches never straddle sources.

@@ -23,8 +23,8 @@ void CopyTensor(const SafetensorsFile& from, const std::string& name, const std:
   std::vector<std::byte> buffer(
       static_cast<size_t>(std::min<uint64_t>(tensor.bytes, uint64_t{8} << 20)));
   for (uint64_t done = 0; done < tensor.bytes;) {
-    const std::span<std::byte> part =
-        std::span(buffer).first(static_cast<size_t>(std::min<uint64_t>(buffer.size(), tensor.bytes - done)));
+    const std::span<std::byte> part = std::span(buffer).first(
+        static_cast<size_t>(std::min<uint64_t>(buffer.size(), tensor.bytes - done)));
     from.ReadPart(tensor, done, part);
     writer.WriteBytes(new_name, row_offset + done, part);
     done += part.size();
@@ -46,8 +46,9 @@ StatsInfo MergedInfo(const std::vector<StatsInfo>& parts) {
       throw UsageError("the statistics are of different models");
     }
     if (Essence(part) != Essence(merged)) {
-      throw UsageError("the statistics were gathered with different levels, batches or compute modes",
-                       "observe again with the same flags");
+      throw UsageError(
+          "the statistics were gathered with different levels, batches or compute modes",
+          "observe again with the same flags");
     }
     for (const StatsSource& source : part.sources) {
       if (!seen.insert(source.fingerprint).second) {
@@ -88,8 +89,8 @@ void MergeStats(const std::vector<fs::path>& parts, const fs::path& output,
         for (const TensorInfo& tensor : reader.file().tensors()) {
           if (tensor.name.rfind(prefix, 0) != 0) continue;
           CopyTensor(reader.file(), tensor.name,
-                     fmt::format("sums.{}.{}", first_source + s, tensor.name.substr(prefix.size())), 0,
-                     writer);
+                     fmt::format("sums.{}.{}", first_source + s, tensor.name.substr(prefix.size())),
+                     0, writer);
         }
       }
       first_token += infos[p].num_tokens();

@@ -1,6 +1,6 @@
-// `winnow stats merge A B -o C`: what one run over both texts would have gathered. Sources keep their own
-// sums and batches never straddle sources, so merging is joining: records are concatenated, sums are
-// carried over bit for bit.
+// `winnow stats merge A B -o C`: what one run over both texts would have gathered. Sources keep
+// their own sums and batches never straddle sources, so merging is joining: records are
+// concatenated, sums are carried over bit for bit.
 #pragma once
 
 #include <vector>
@@ -11,8 +11,9 @@
 
 namespace winnow {
 
-// UsageError if the folders are of different models, levels, compute modes or batches, hold the same text
-// twice, or were gathered progressively (their layers depend on the text through earlier choices).
+// UsageError if the folders are of different models, levels, compute modes or batches, hold the
+// same text twice, or were gathered progressively (their layers depend on the text through earlier
+// choices).
 StatsInfo MergedInfo(const std::vector<StatsInfo>& parts);
 void MergeStats(const std::vector<fs::path>& parts, const fs::path& output,
                 const JobControl& control);

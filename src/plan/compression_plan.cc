@@ -11,9 +11,11 @@ namespace winnow {
 namespace {
 
 constexpr const char* kSchema = "winnow.plan/1";
-constexpr const char* kHint = "see the plan format in docs/FORMATS.md, or make one with winnow plan";
+constexpr const char* kHint =
+    "see the plan format in docs/FORMATS.md, or make one with winnow plan";
 
-[[noreturn]] void Fail(const std::string& where, const std::string& key, const std::string& expected) {
+[[noreturn]] void Fail(const std::string& where, const std::string& key,
+                       const std::string& expected) {
   throw ModelError(fmt::format("{}: \"{}\": expected {}", where, key, expected), kHint);
 }
 
@@ -74,7 +76,8 @@ LayerPlan LayerFromJson(const Json& json, const std::string& where) {
   if (!json.contains("layer")) Fail(where, "layer", "a decoder layer number");
   if (!json.contains("kept")) Fail(where, "kept", "a list of expert numbers");
   LayerPlan layer;
-  layer.layer = static_cast<int32_t>(std::min<int64_t>(IntegerOr(json, where, "layer", 0), INT32_MAX));
+  layer.layer =
+      static_cast<int32_t>(std::min<int64_t>(IntegerOr(json, where, "layer", 0), INT32_MAX));
   layer.num_experts = IntegerOr(json, where, "num_experts", 0);
   layer.kept = ExpertList(json, where, "kept");
   layer.dropped = ExpertList(json, where, "dropped");
@@ -111,9 +114,11 @@ OrderedJson PlanToJson(const CompressionPlan& plan) {
 }
 
 CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
-  RefuseUnknownKeys(json, where, {"schema", "method", "search", "objective", "target", "model",
-                                  "calibration", "predicted", "layers"});
-  if (TextOr(json, where, "schema") != kSchema) Fail(where, "schema", fmt::format("\"{}\"", kSchema));
+  RefuseUnknownKeys(json, where,
+                    {"schema", "method", "search", "objective", "target", "model", "calibration",
+                     "predicted", "layers"});
+  if (TextOr(json, where, "schema") != kSchema)
+    Fail(where, "schema", fmt::format("\"{}\"", kSchema));
   CompressionPlan plan;
   plan.method = TextOr(json, where, "method");
   plan.search = TextOr(json, where, "search");
@@ -178,8 +183,8 @@ void CheckPlan(const CompressionPlan& plan, const Model& model) {
                                    layer.num_experts, experts));
     }
     if (!StrictlyAscending(layer.kept) || layer.kept.empty() || layer.kept.back() >= experts) {
-      throw UsageError(fmt::format("{}: `kept` must be ascending expert numbers below {}", where,
-                                   experts));
+      throw UsageError(
+          fmt::format("{}: `kept` must be ascending expert numbers below {}", where, experts));
     }
     if (static_cast<int64_t>(layer.kept.size()) < config.num_experts_per_tok) {
       throw UsageError(fmt::format("{} keeps {} experts, but each token uses {}", where,

@@ -1,6 +1,7 @@
-// plan.json: what to do with each layer of a model. Pure data: written by methods/, read by apply/, by people
-// and by other programs; nested JSON with a schema number (docs/FORMATS.md). A hand-written plan is a valid
-// plan: only `schema`, `model.model_type` and `layers[].kept` are required to apply it.
+// plan.json: what to do with each layer of a model. Pure data: written by methods/, read by apply/,
+// by people and by other programs; nested JSON with a schema number (docs/FORMATS.md). A
+// hand-written plan is a valid plan: only `schema`, `model.model_type` and `layers[].kept` are
+// required to apply it.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +9,31 @@
 #include <string>
 #include <vector>
 
-#include "base/json.h"     // Json, OrderedJson
-#include "model/model.h"   // Model, ModelConfig
+#include "base/json.h"    // Json, OrderedJson
+#include "model/model.h"  // Model, ModelConfig
 
 namespace winnow {
 
 struct LayerPlan {
-  int32_t layer = 0;            // decoder index
-  int64_t num_experts = 0;      // before
-  std::vector<int32_t> kept;    // ascending
-  std::vector<int32_t> dropped; // ascending
-  std::optional<double> loss;   // of the method's objective
-  std::optional<double> margin; // (second best - best) / best; nothing if there was one candidate
+  int32_t layer = 0;             // decoder index
+  int64_t num_experts = 0;       // before
+  std::vector<int32_t> kept;     // ascending
+  std::vector<int32_t> dropped;  // ascending
+  std::optional<double> loss;    // of the method's objective
+  std::optional<double> margin;  // (second best - best) / best; nothing if there was one candidate
 };
 
 struct CompressionPlan {
   std::string method;
-  std::string search;      // how the set was found, e.g. "enumeration"
+  std::string search;  // how the set was found, e.g. "enumeration"
   std::string objective;
   std::string model_type;
-  std::string model_fingerprint;  // empty in hand-written plans
-  std::string target;             // loader the result must satisfy
+  std::string model_fingerprint;     // empty in hand-written plans
+  std::string target;                // loader the result must satisfy
   std::vector<std::string> sources;  // names of the calibration texts
   int64_t calibration_tokens = 0;
   uint64_t bytes_before = 0, bytes_after = 0;  // of the weights
-  std::vector<LayerPlan> layers;  // MoE layers, ascending
+  std::vector<LayerPlan> layers;               // MoE layers, ascending
 };
 
 OrderedJson PlanToJson(const CompressionPlan& plan);
@@ -40,8 +41,8 @@ OrderedJson PlanToJson(const CompressionPlan& plan);
 CompressionPlan PlanFromJson(const Json& json, const std::string& where);
 CompressionPlan ReadPlan(const fs::path& path);
 
-// UsageError if the plan does not fit the model: another model_type or fingerprint, layers that are no MoE
-// layers or missing, ids out of range or out of order, fewer survivors than k.
+// UsageError if the plan does not fit the model: another model_type or fingerprint, layers that are
+// no MoE layers or missing, ids out of range or out of order, fewer survivors than k.
 void CheckPlan(const CompressionPlan& plan, const Model& model);
 
 // Survivors of each decoder layer as LayerReader takes them (empty = all).

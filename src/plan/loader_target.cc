@@ -38,14 +38,15 @@ void CheckTarget(const CompressionPlan& plan, const std::string& name) {
     if (target.name != name) continue;
     for (const LayerPlan& layer : plan.layers) {
       if (layer.kept.size() != plan.layers.front().kept.size()) {
-        throw UsageError(fmt::format("{} needs the same number of experts in every layer; the plan has "
-                                     "{} in layer {} and {} in layer {}",
-                                     name, plan.layers.front().kept.size(), plan.layers.front().layer,
-                                     layer.kept.size(), layer.layer));
+        throw UsageError(
+            fmt::format("{} needs the same number of experts in every layer; the plan has "
+                        "{} in layer {} and {} in layer {}",
+                        name, plan.layers.front().kept.size(), plan.layers.front().layer,
+                        layer.kept.size(), layer.layer));
       }
       if (target.max_experts > 0 && static_cast<int64_t>(layer.kept.size()) > target.max_experts) {
-        throw UsageError(fmt::format("{} does not load {} experts: {}", name, layer.kept.size(),
-                                     target.reason));
+        throw UsageError(
+            fmt::format("{} does not load {} experts: {}", name, layer.kept.size(), target.reason));
       }
     }
     return;

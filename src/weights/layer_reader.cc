@@ -18,7 +18,9 @@ namespace {
 
 constexpr uint64_t kAlignment = 64;  // of each matrix in the layer's buffer
 
-uint64_t Aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+uint64_t Aligned(uint64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // Calls visit(slice, matrix) for every matrix of a layer, in the order they lie in the buffer.
 // `weights` may be null to only measure.
@@ -71,7 +73,8 @@ struct Slot {
 };
 
 // Fills `slot` with a layer; returns the bytes read.
-uint64_t ReadLayer(const Model& model, const LayerReaderOptions& options, int64_t layer, Slot& slot) {
+uint64_t ReadLayer(const Model& model, const LayerReaderOptions& options, int64_t layer,
+                   Slot& slot) {
   const LayerSlices& slices = model.layers()[static_cast<size_t>(layer)];
   const std::vector<int32_t> kept = KeptExperts(slices, options, static_cast<size_t>(layer));
   const uint64_t bytes = LayerBytes(slices, kept);
@@ -96,9 +99,9 @@ uint64_t ReadLayer(const Model& model, const LayerReaderOptions& options, int64_
     const std::span<std::byte> out = take(slice, weights.router, static_cast<int64_t>(kept.size()));
     const size_t row_bytes = out.size() / kept.size();
     for (size_t i = 0; i < kept.size(); ++i) {
-      model.checkpoint().ReadPart(
-          *slice.tensor, slice.offset_bytes + static_cast<uint64_t>(kept[i]) * row_bytes,
-          out.subspan(i * row_bytes, row_bytes));
+      model.checkpoint().ReadPart(*slice.tensor,
+                                  slice.offset_bytes + static_cast<uint64_t>(kept[i]) * row_bytes,
+                                  out.subspan(i * row_bytes, row_bytes));
     }
     read += out.size();
   }
@@ -241,7 +244,9 @@ uint64_t LayerReader::bytes_read() const {
   return state_->bytes_read;
 }
 
-double LayerReader::wait_seconds() const { return state_->wait_seconds; }
+double LayerReader::wait_seconds() const {
+  return state_->wait_seconds;
+}
 
 uint64_t LayerReader::LargestLayerBytes(const Model& model, const LayerReaderOptions& options) {
   uint64_t largest = 0;
@@ -297,9 +302,9 @@ void LoadEmbeddings(const Model& model, std::span<const int32_t> ids, float* out
   for (const uint32_t at : order) {
     const int32_t id = ids[at];
     if (id < 0 || id >= table.rows) {
-      throw UsageError(fmt::format("token id {} is outside the model's {} embedding rows", id,
-                                   table.rows),
-                       "the ids were made with another tokenizer or another model");
+      throw UsageError(
+          fmt::format("token id {} is outside the model's {} embedding rows", id, table.rows),
+          "the ids were made with another tokenizer or another model");
     }
     float* target = out + at * hidden;
     if (id == previous_id) {

@@ -1,6 +1,7 @@
-// Reads layers from disk into buffers of the budget, the next one while the caller computes with this one.
-// At most two layers are held (one without prefetch), or all of them when `keep_resident` is set.
-// Explicit positional reads: nothing is mapped. Errors of the background read surface in Get().
+// Reads layers from disk into buffers of the budget, the next one while the caller computes with
+// this one. At most two layers are held (one without prefetch), or all of them when `keep_resident`
+// is set. Explicit positional reads: nothing is mapped. Errors of the background read surface in
+// Get().
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,8 @@ class LayerReader {
   LayerReader(const LayerReader&) = delete;
   LayerReader& operator=(const LayerReader&) = delete;
 
-  // The weights of `layer`; valid until the next call. Reading ahead assumes ascending layers, wrapping
-  // around to the first.
+  // The weights of `layer`; valid until the next call. Reading ahead assumes ascending layers,
+  // wrapping around to the first.
   const LayerWeights& Get(int64_t layer);
   // Bytes of weights read from disk so far.
   uint64_t bytes_read() const;
@@ -52,8 +53,8 @@ struct LoadedMatrix {
 LoadedMatrix LoadRows(const Model& model, const TensorSlice& slice, int64_t first_row,
                       int64_t num_rows);
 std::vector<float> LoadVector(const Model& model, const TensorSlice& slice);
-// Rows `ids` of the embedding as f32 [ids, hidden]; each distinct row is read once. Ids must be below
-// vocab_size: UsageError names the first that is not.
+// Rows `ids` of the embedding as f32 [ids, hidden]; each distinct row is read once. Ids must be
+// below vocab_size: UsageError names the first that is not.
 void LoadEmbeddings(const Model& model, std::span<const int32_t> ids, float* out);
 
 }  // namespace winnow

@@ -1,6 +1,6 @@
-// One decoder layer's weights in memory: matrices as stored (views into one buffer), vectors widened to
-// f32. Read by LayerReader, used by forward/. A layer may hold a subset of its experts: then the router
-// has just their rows, which is what the pruned checkpoint would hold.
+// One decoder layer's weights in memory: matrices as stored (views into one buffer), vectors
+// widened to f32. Read by LayerReader, used by forward/. A layer may hold a subset of its experts:
+// then the router has just their rows, which is what the pruned checkpoint would hold.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,13 @@ struct FeedForwardWeights {
 struct LayerWeights {
   std::vector<float> input_norm, post_attention_norm;  // [hidden]
   WeightMatrix q, k, v, o;
-  std::vector<float> q_bias, k_bias, v_bias, o_bias;   // empty if the family has none
-  std::vector<float> q_norm, k_norm;                   // empty if the family has none
-  WeightMatrix router;                                 // [E, hidden]; empty in dense layers
-  std::vector<FeedForwardWeights> experts;             // [E]
-  FeedForwardWeights shared;                           // empty without a shared expert
-  WeightMatrix shared_router;                          // [1, hidden]
-  FeedForwardWeights dense;                            // empty in MoE layers
+  std::vector<float> q_bias, k_bias, v_bias, o_bias;  // empty if the family has none
+  std::vector<float> q_norm, k_norm;                  // empty if the family has none
+  WeightMatrix router;                                // [E, hidden]; empty in dense layers
+  std::vector<FeedForwardWeights> experts;            // [E]
+  FeedForwardWeights shared;                          // empty without a shared expert
+  WeightMatrix shared_router;                         // [1, hidden]
+  FeedForwardWeights dense;                           // empty in MoE layers
 
   int64_t num_experts() const { return static_cast<int64_t>(experts.size()); }
   // The same layer with only experts `kept` (ascending): views of the same bytes, and a router of

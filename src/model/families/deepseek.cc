@@ -1,5 +1,6 @@
-// DeepSeekMoE v1 (16B): dense first layers, shared experts stored as one MLP and always on. Routing weights
-// are not renormalised as released; with norm_topk_prob the published code adds 1e-20 to the sum.
+// DeepSeekMoE v1 (16B): dense first layers, shared experts stored as one MLP and always on. Routing
+// weights are not renormalised as released; with norm_topk_prob the published code adds 1e-20 to
+// the sum.
 #include "model/families/families.h"
 
 namespace winnow::families {
@@ -10,7 +11,9 @@ const Family kDeepseek = {
     .expert_width_key = "moe_intermediate_size",
     .shared_width_key = "n_shared_experts",
     .num_experts_key = "n_routed_experts",
-    .defaults = {.num_key_value_heads = 32, .rope_theta = 1e4, .rms_norm_eps = 1e-6,
+    .defaults = {.num_key_value_heads = 32,
+                 .rope_theta = 1e4,
+                 .rms_norm_eps = 1e-6,
                  .num_experts_per_tok = 0},
     .moe_layers = MoeLayerRule::kFirstDense,
     .qkv_bias = BiasRule::kIfAttentionBias,
