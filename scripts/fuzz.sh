@@ -2,6 +2,7 @@
 # ./dev fuzz [SECONDS]: every fuzz target for SECONDS over a corpus that starts from the seeds in
 # tests/data and keeps growing in build/fuzz/corpus/. 0 seconds only replays the seeds.
 set -euo pipefail
+# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 cd "$ROOT"
 

@@ -2,6 +2,7 @@
 # ./dev verify DATA [--transformers]: compares the program with reference implementations. DATA holds
 # checks/*.py and what they read (golden/, reference/, models/). Python packages go into build/venv.
 set -euo pipefail
+# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 data='' with_transformers=''
