@@ -6,7 +6,6 @@
 // one after the other in every round, and keeps the best time of each: on a shared machine only
 // ratios taken side by side mean something. With one thread CPU time is used, else wall time.
 #include <cblas.h>
-#include <dnnl.hpp>
 #include <omp.h>
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <dnnl.hpp>
 #include <limits>
 #include <random>
 #include <string>

@@ -18,23 +18,25 @@ double Seconds(clockid_t clock) {
 }
 
 // Twelve independent chains in registers; the empty assembly makes the compiler keep every step.
-#define WINNOW_FMA_CHAINS(Vector, set1, fmadd, constraint)                                   \
-  const Vector a = set1(0.5f);                                                               \
-  Vector s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a;                                     \
-  Vector s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;                                   \
-  for (int i = 0; i < kFmaRounds; ++i) {                                                     \
-    s0 = fmadd(s0, a, a), s1 = fmadd(s1, a, a), s2 = fmadd(s2, a, a), s3 = fmadd(s3, a, a);  \
-    s4 = fmadd(s4, a, a), s5 = fmadd(s5, a, a), s6 = fmadd(s6, a, a), s7 = fmadd(s7, a, a);  \
-    s8 = fmadd(s8, a, a), s9 = fmadd(s9, a, a), s10 = fmadd(s10, a, a);                      \
-    s11 = fmadd(s11, a, a);                                                                  \
-    asm volatile(""                                                                          \
-                 : "+" constraint(s0), "+" constraint(s1), "+" constraint(s2),               \
-                   "+" constraint(s3), "+" constraint(s4), "+" constraint(s5),               \
-                   "+" constraint(s6), "+" constraint(s7), "+" constraint(s8),               \
-                   "+" constraint(s9), "+" constraint(s10), "+" constraint(s11));            \
+#define WINNOW_FMA_CHAINS(Vector, set1, fmadd, constraint)                                         \
+  const Vector a = set1(0.5f);                                                                     \
+  Vector s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a;                                           \
+  Vector s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;                                         \
+  for (int i = 0; i < kFmaRounds; ++i) {                                                           \
+    s0 = fmadd(s0, a, a), s1 = fmadd(s1, a, a), s2 = fmadd(s2, a, a), s3 = fmadd(s3, a, a);        \
+    s4 = fmadd(s4, a, a), s5 = fmadd(s5, a, a), s6 = fmadd(s6, a, a), s7 = fmadd(s7, a, a);        \
+    s8 = fmadd(s8, a, a), s9 = fmadd(s9, a, a), s10 = fmadd(s10, a, a);                            \
+    s11 = fmadd(s11, a, a);                                                                        \
+    asm volatile(""                                                                                \
+                 : "+" constraint(s0), "+" constraint(s1), "+" constraint(s2), "+" constraint(s3), \
+                   "+" constraint(s4), "+" constraint(s5), "+" constraint(s6), "+" constraint(s7), \
+                   "+" constraint(s8), "+" constraint(s9), "+" constraint(s10),                    \
+                   "+" constraint(s11));                                                           \
   }
 
-float MulAdd(float x, float y, float z) { return x * y + z; }
+float MulAdd(float x, float y, float z) {
+  return x * y + z;
+}
 
 __attribute__((target("avx2,fma"))) void FmaAvx2() {
   WINNOW_FMA_CHAINS(__m256, _mm256_set1_ps, _mm256_fmadd_ps, "x")
@@ -42,13 +44,18 @@ __attribute__((target("avx2,fma"))) void FmaAvx2() {
 __attribute__((target("avx512f"))) void FmaAvx512() {
   WINNOW_FMA_CHAINS(__m512, _mm512_set1_ps, _mm512_fmadd_ps, "v")
 }
-void MulAddScalar() { WINNOW_FMA_CHAINS(float, float, MulAdd, "x") }
+void MulAddScalar() {
+  WINNOW_FMA_CHAINS(float, float, MulAdd, "x")
+}
 
 #undef WINNOW_FMA_CHAINS
 
 __attribute__((target("avx2"))) void ReadAvx2(const std::byte* data, int64_t bytes) {
   __m256i sums[4] = {};
   for (int64_t i = 0; i + 128 <= bytes; i += 128) {
+    // A page ahead: the hardware does not run across pages by itself.
+    _mm_prefetch(data + i + 4096, _MM_HINT_T1);
+    _mm_prefetch(data + i + 4096 + 64, _MM_HINT_T1);
     for (int c = 0; c < 4; ++c) {
       const void* from = data + i + 32 * c;
       sums[c] = _mm256_xor_si256(sums[c], _mm256_loadu_si256(static_cast<const __m256i*>(from)));

@@ -196,9 +196,7 @@ template <Dtype kDtype>
 void WidenRowAs(const std::byte* row, int64_t n, float* out) {
   ForVectors(
       n,
-      [&](size_t i) {
-        hn::StoreU(Widen<kDtype>(row + i * kElementBytes<kDtype>), DF(), out + i);
-      },
+      [&](size_t i) { hn::StoreU(Widen<kDtype>(row + i * kElementBytes<kDtype>), DF(), out + i); },
       [&](size_t i, size_t count) {
         StorePartial(WidenPartial<kDtype>(row + i * kElementBytes<kDtype>, count), out + i, count);
       });
@@ -261,7 +259,9 @@ float Dot(const float* a, const float* b, int64_t n) {
 void Softmax(float* x, int64_t rows, int64_t n, int64_t ld) {
   HWY_DYNAMIC_DISPATCH(SoftmaxTarget)(x, rows, n, ld);
 }
-double LogSumExp(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(LogSumExpTarget)(x, n); }
+double LogSumExp(const float* x, int64_t n) {
+  return HWY_DYNAMIC_DISPATCH(LogSumExpTarget)(x, n);
+}
 void RopeHalf(float* x, int64_t num_heads, int64_t head_dim, int64_t half, const float* cos,
               const float* sin) {
   HWY_DYNAMIC_DISPATCH(RopeHalfTarget)(x, num_heads, head_dim, half, cos, sin);

@@ -211,7 +211,9 @@ TEST_P(ElementwiseTest, WidenRowIsExact) {
     std::vector<uint16_t> stored(65536);
     for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint16_t>(i);
     const WeightMatrix w{.data = reinterpret_cast<const std::byte*>(stored.data()),
-                         .rows = 256, .cols = 256, .dtype = dtype};
+                         .rows = 256,
+                         .cols = 256,
+                         .dtype = dtype};
     float row[256];
     for (int64_t r = 0; r < 256; ++r) {
       WidenRow(w, r, row);

@@ -4,9 +4,9 @@
 // the diagonal. n is cut into blocks so that a tile's vectors stay in L1. Every pair is summed the
 // same way whatever tile it is in: per block one vector of partial sums, then its lanes; blocks in
 // order.
-#include "kernels/elementwise.h"
-
 #include <algorithm>
+
+#include "kernels/elementwise.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/gram.cc"
@@ -20,7 +20,9 @@ namespace HWY_NAMESPACE {
 inline constexpr size_t kGramRows = 4;
 
 // Where the pair (i, i) is in the upper triangle stored row by row.
-HWY_INLINE int64_t DiagonalIndex(int64_t m, int64_t i) { return i * m - i * (i - 1) / 2; }
+HWY_INLINE int64_t DiagonalIndex(int64_t m, int64_t i) {
+  return i * m - i * (i - 1) / 2;
+}
 
 // Writes or adds kCount sums of lanes.
 template <size_t kCount>
@@ -132,10 +134,14 @@ void GramBlock(const float* f, int64_t m, size_t n, int64_t ld, float* gram) {
     }
   }
   switch (m - i) {
-    case 1: return GramDiagonal<1>(f, m, i, n, ld, gram);
-    case 2: return GramDiagonal<2>(f, m, i, n, ld, gram);
-    case 3: return GramDiagonal<3>(f, m, i, n, ld, gram);
-    default: return;
+    case 1:
+      return GramDiagonal<1>(f, m, i, n, ld, gram);
+    case 2:
+      return GramDiagonal<2>(f, m, i, n, ld, gram);
+    case 3:
+      return GramDiagonal<3>(f, m, i, n, ld, gram);
+    default:
+      return;
   }
 }
 

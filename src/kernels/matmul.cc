@@ -1,10 +1,10 @@
 // Y = X W^T over packed rows.
 //
 // A task owns a range of row panels and a range of W's rows, so tasks write disjoint parts of Y. It
-// goes through k in blocks of kBlockColumns; in a block, for every kTileColumns rows of W: widen and
-// transpose them into an L1-resident tile [block, kTileColumns], then stream the packed panels
-// against it. An element of Y is, for every partition: the FMA chain over a block's columns in order,
-// first block stored, later blocks added in order.
+// goes through k in blocks of kBlockColumns; in a block, for every kTileColumns rows of W: widen
+// and transpose them into an L1-resident tile [block, kTileColumns], then stream the packed panels
+// against it. An element of Y is, for every partition: the FMA chain over a block's columns in
+// order, first block stored, later blocks added in order.
 #include "kernels/matmul.h"
 
 #include <algorithm>
@@ -45,8 +45,9 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-// Fetches a tile of W into L2 while the one before it is used, a few lines with every panel: rows of W
-// are far apart and each gives only kBlockColumns elements, too short for the hardware to notice.
+// Fetches a tile of W into L2 while the one before it is used, a few lines with every panel: rows
+// of W are far apart and each gives only kBlockColumns elements, too short for the hardware to
+// notice.
 class TilePrefetch {
  public:
   TilePrefetch(const WeightMatrix& w, int64_t row, int64_t column, int64_t panels) {
@@ -119,14 +120,16 @@ struct Partition {
   int64_t column_tasks;
 };
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t CeilDiv(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 Partition MakePartition(int64_t panels, int64_t n, int64_t k, const TileShape& tile,
                         int num_threads) {
-  // One block of a task's panels stays in an L2 cache of 512 KiB (Zen 2 and 3) while the task's rows
-  // of W pass; more rows of W read the panels less often from L3. The part of Y a task comes back to
-  // with every block of columns is fetched ahead and may live in L3: measured on Zen 3, 160 KiB of Y
-  // gives 85 % of the FMA peak with k = 4096 and 640 KiB 90 %.
+  // One block of a task's panels stays in an L2 cache of 512 KiB (Zen 2 and 3) while the task's
+  // rows of W pass; more rows of W read the panels less often from L3. The part of Y a task comes
+  // back to with every block of columns is fetched ahead and may live in L3: measured on Zen 3, 160
+  // KiB of Y gives 85 % of the FMA peak with k = 4096 and 640 KiB 90 %.
   constexpr int64_t kFloat = sizeof(float);
   constexpr int64_t kMaxPanelBytes = 384 << 10;
   constexpr int64_t kMaxYBytes = 640 << 10;
@@ -177,7 +180,12 @@ void MatMulWith(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld
     const int64_t first_panel = index % p.row_tasks * p.panels_per_task;
     const int64_t first_column = index / p.row_tasks * p.columns_per_task;
     HWY_DYNAMIC_DISPATCH(RunMatMulTask)
-    ({.packed = x.data(), .rows = x.rows(), .panels = panels, .w = &w, .y = y, .ld_y = ld_y,
+    ({.packed = x.data(),
+      .rows = x.rows(),
+      .panels = panels,
+      .w = &w,
+      .y = y,
+      .ld_y = ld_y,
       .first_panel = first_panel,
       .end_panel = std::min(panels, first_panel + p.panels_per_task),
       .first_column = first_column,

@@ -1,25 +1,27 @@
-// Dense products Y = X W^T for every layer of a model: X [rows, k] f32, W [n, k] as stored, Y [rows, n].
+// Dense products Y = X W^T for every layer of a model: X [rows, k] f32, W [n, k] as stored, Y
+// [rows, n].
 //
 // Promise (tests hold it bitwise, per ISA): an output element is the same sum in the same order
 // whatever the number of rows, threads or the partition of the work, so a token's result does not
 // depend on which other tokens are computed with it.
 //
-// X is packed once (PackRows) and used by every product that reads it: gate and up of an expert share
-// one pack, and tokens are gathered while packing. W is widened to f32 panel by panel in cache, so
-// bf16 weights run at f32 speed on CPUs without bf16 instructions.
+// X is packed once (PackRows) and used by every product that reads it: gate and up of an expert
+// share one pack, and tokens are gathered while packing. W is widened to f32 panel by panel in
+// cache, so bf16 weights run at f32 speed on CPUs without bf16 instructions.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
-#include "base/aligned_buffer.h"   // AlignedBuffer
-#include "base/thread_pool.h"      // ThreadPool
-#include "kernels/weight_matrix.h" // WeightMatrix
+#include "base/aligned_buffer.h"    // AlignedBuffer
+#include "base/thread_pool.h"       // ThreadPool
+#include "kernels/weight_matrix.h"  // WeightMatrix
 
 namespace winnow {
 
-// Rows of activations in the layout the product kernels read: panels of kPanelRows(isa) rows,
-// each [k][panel rows], zero-padded. Grows on demand and is reused between calls.
+// Rows of activations in the layout the product kernels read (packed_rows.cc): blocks of columns,
+// in a block panels of panel_rows() rows, [columns][panel rows], zero-padded. Packed for the
+// instruction set selected then. Grows on demand and is reused between calls.
 class PackedRows {
  public:
   // Rows of x [*, k] with stride `ld`, in order.
@@ -27,7 +29,8 @@ class PackedRows {
   // Rows x[index[i]], the gather of an expert's tokens.
   void PackGathered(const float* x, std::span<const int32_t> index, int64_t k, int64_t ld,
                     ThreadPool& pool);
-  // silu(gate) * up, element by element, both [rows, k] with stride ld: the input of a down projection.
+  // silu(gate) * up, element by element, both [rows, k] with stride ld: the input of a down
+  // projection.
   void PackSwiGlu(const float* gate, const float* up, int64_t rows, int64_t k, int64_t ld,
                   ThreadPool& pool);
 
@@ -52,8 +55,8 @@ void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, 
 // The same for one caller thread, for use inside a task of a pool (attention heads).
 void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
 
-// For one to eight rows, where reading W is the cost: y[i, j] as above, each element summed in an order
-// that depends on k alone (not the order MatMul uses). x [rows, k] contiguous.
+// For one to eight rows, where reading W is the cost: y[i, j] as above, each element summed in an
+// order that depends on k alone (not the order MatMul uses). x [rows, k] contiguous.
 void MatVec(const float* x, int64_t rows, const WeightMatrix& w, float* y, int64_t ld_y,
             ThreadPool& pool);
 

@@ -101,8 +101,7 @@ TEST_P(MatMulTest, WholeNumbersAreExact) {
         for (int64_t j = 0; j < shape.n; ++j) {
           int sum = 0;
           for (int64_t c = 0; c < shape.k; ++c) {
-            sum += static_cast<int>(x[i * shape.k + c]) *
-                   static_cast<int>(values[j * shape.k + c]);
+            sum += static_cast<int>(x[i * shape.k + c]) * static_cast<int>(values[j * shape.k + c]);
           }
           ASSERT_EQ(y[i * shape.n + j], static_cast<float>(sum)) << i << ", " << j;
           ASSERT_EQ(by_vec[i * shape.n + j], static_cast<float>(sum)) << i << ", " << j;
@@ -154,9 +153,16 @@ TEST_P(MatMulTest, SameBitsWhateverElseIsComputedWithARow) {
     const StoredWeight w(Normals(n * k, 6), n, k, dtype);
     const std::vector<float> all = Product(x, rows, w.view(), pool);
     // One row alone, and every count of rows a panel can hold.
-    for (const auto& [first, count] :
-         std::vector<std::pair<int64_t, int64_t>>{{37, 1}, {0, 2}, {50, 3}, {3, 4}, {91, 5},
-                                                  {7, 6},  {8, 7}, {20, 11}, {5, 12}, {60, 13}}) {
+    for (const auto& [first, count] : std::vector<std::pair<int64_t, int64_t>>{{37, 1},
+                                                                               {0, 2},
+                                                                               {50, 3},
+                                                                               {3, 4},
+                                                                               {91, 5},
+                                                                               {7, 6},
+                                                                               {8, 7},
+                                                                               {20, 11},
+                                                                               {5, 12},
+                                                                               {60, 13}}) {
       const std::vector<float> part(x.begin() + first * k, x.begin() + (first + count) * k);
       const std::vector<float> y = Product(part, count, w.view(), pool);
       const std::vector<float> expected(all.begin() + first * n, all.begin() + (first + count) * n);
@@ -204,7 +210,8 @@ TEST_P(MatMulTest, GatheredAndStridedRowsGiveTheSameBits) {
   std::vector<int32_t> index;
   for (int32_t i = 0; i < 40; ++i) index.push_back(i * 7 % 31);  // repeats some
   std::vector<float> plain;
-  for (const int32_t i : index) plain.insert(plain.end(), x.begin() + i * ld, x.begin() + i * ld + k);
+  for (const int32_t i : index)
+    plain.insert(plain.end(), x.begin() + i * ld, x.begin() + i * ld + k);
   const std::vector<float> expected = Product(plain, 40, w.view(), pool);
 
   PackedRows packed;
@@ -350,7 +357,9 @@ TEST_P(MatMulTest, WidensEveryStoredValue) {
     std::vector<uint16_t> stored = patterns;
     for (uint16_t& bits : stored) bits = finite(bits) ? bits : 0;
     const WeightMatrix w{.data = reinterpret_cast<const std::byte*>(stored.data()),
-                         .rows = n, .cols = k, .dtype = dtype};
+                         .rows = n,
+                         .cols = k,
+                         .dtype = dtype};
     const std::vector<float> y = Product(identity, k, w, pool);
     const std::vector<float> by_vec = VecProduct(identity, k, w, pool);
     for (int64_t j = 0; j < n; ++j) {
@@ -384,8 +393,8 @@ TEST_P(MatMulTest, NotANumberStaysInItsRowAndColumn) {
 }
 
 // What PackSwiGlu stored, read back through a product with the identity.
-std::vector<float> SwiGlu(const std::vector<float>& gate, const std::vector<float>& up, int64_t rows,
-                          int64_t k, ThreadPool& pool) {
+std::vector<float> SwiGlu(const std::vector<float>& gate, const std::vector<float>& up,
+                          int64_t rows, int64_t k, ThreadPool& pool) {
   std::vector<float> identity(static_cast<size_t>(k * k));
   for (int64_t i = 0; i < k; ++i) identity[i * k + i] = 1;
   const StoredWeight w(identity, k, k, Dtype::kF32);
@@ -415,8 +424,8 @@ TEST_P(MatMulTest, SwiGluMatchesDouble) {
 TEST_P(MatMulTest, SwiGluAtTheCorners) {
   ThreadPool pool(1);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const std::vector<float> gate = {0,     -0.0f, 100,   -100,   88,        -88,
-                                   1e30f, -1e30f, kInfinity, std::nanf(""), 1,     -87.3f};
+  const std::vector<float> gate = {0,     -0.0f,  100,       -100,          88, -88,
+                                   1e30f, -1e30f, kInfinity, std::nanf(""), 1,  -87.3f};
   const int64_t k = static_cast<int64_t>(gate.size());
   const std::vector<float> up(gate.size(), 1.0f);
   PackedRows packed;

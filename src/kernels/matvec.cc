@@ -15,9 +15,9 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-// X in the order Dots reads it: groups of kXStep rows, in a group [step][row][kLanes] with zeros after
-// column k. Rows as they come would all be read from the same set of the L1 cache when k is a power of
-// two.
+// X in the order Dots reads it: groups of kXStep rows, in a group [step][row][kLanes] with zeros
+// after column k. Rows as they come would all be read from the same set of the L1 cache when k is a
+// power of two.
 inline constexpr int64_t kXStep = 4;
 
 int64_t InterleavedSize(int64_t rows, int64_t k) {
@@ -42,10 +42,10 @@ void InterleaveRows(const float* x, int64_t rows, int64_t k, float* out) {
   }
 }
 
-// kXRows x kWRows dot products at once, x interleaved. Each is one vector of partial sums (lane l sums
-// columns l modulo kLanes in order) and then the lanes: an order that only k fixes. `ahead` is W's
-// row to fetch meanwhile with the kWRows - 1 after it: rows end before the hardware has learned to
-// run ahead.
+// kXRows x kWRows dot products at once, x interleaved. Each is one vector of partial sums (lane l
+// sums columns l modulo kLanes in order) and then the lanes: an order that only k fixes. `ahead` is
+// W's row to fetch meanwhile with the kWRows - 1 after it: rows end before the hardware has learned
+// to run ahead.
 template <Dtype kDtype, size_t kXRows, size_t kWRows>
 HWY_INLINE void Dots(const float* HWY_RESTRICT x, int64_t k, const std::byte* w,
                      const std::byte* ahead, float* HWY_RESTRICT y, int64_t ld_y) {
@@ -98,8 +98,8 @@ HWY_INLINE void Dots(const float* HWY_RESTRICT x, int64_t k, const std::byte* w,
 
 // Rows [first, end) of W against kXRows rows of X, kWRows at a time.
 template <Dtype kDtype, size_t kXRows, size_t kWRows>
-HWY_NOINLINE void DotRows(const float* x, const WeightMatrix& w, int64_t first, int64_t end, float* y,
-                          int64_t ld_y) {
+HWY_NOINLINE void DotRows(const float* x, const WeightMatrix& w, int64_t first, int64_t end,
+                          float* y, int64_t ld_y) {
   constexpr auto kStep = static_cast<int64_t>(kWRows);
   const int64_t row_bytes = w.cols * static_cast<int64_t>(kElementBytes<kDtype>);
   int64_t j = first;
@@ -120,10 +120,14 @@ template <Dtype kDtype>
 void MatVecAs(const float* x, int64_t rows, const WeightMatrix& w, int64_t first, int64_t end,
               float* y, int64_t ld_y) {
   switch (rows) {
-    case 1: return DotRows<kDtype, 1, 8>(x, w, first, end, y, ld_y);
-    case 2: return DotRows<kDtype, 2, 4>(x, w, first, end, y, ld_y);
-    case 3: return DotRows<kDtype, 3, 3>(x, w, first, end, y, ld_y);
-    default: return DotRows<kDtype, 4, 3>(x, w, first, end, y, ld_y);
+    case 1:
+      return DotRows<kDtype, 1, 8>(x, w, first, end, y, ld_y);
+    case 2:
+      return DotRows<kDtype, 2, 4>(x, w, first, end, y, ld_y);
+    case 3:
+      return DotRows<kDtype, 3, 3>(x, w, first, end, y, ld_y);
+    default:
+      return DotRows<kDtype, 4, 3>(x, w, first, end, y, ld_y);
   }
 }
 

@@ -71,8 +71,9 @@ HWY_INLINE void PackFourColumns(const float* const (&rows)[kTileRows], int64_t k
   }
 }
 
-// out [columns][kTileRows] = the rows, transposed. Meanwhile fetches as many columns of `next_rows`:
-// rows are read a few hundred bytes at a time, too short for the hardware to run ahead by itself.
+// out [columns][kTileRows] = the rows, transposed. Meanwhile fetches as many columns of
+// `next_rows`: rows are read a few hundred bytes at a time, too short for the hardware to run ahead
+// by itself.
 void PackBlock(const float* const* row_pointers, const float* const* next_rows, int64_t columns,
                float* HWY_RESTRICT out) {
   static_assert(kTileRows % 2 == 0);
@@ -121,14 +122,16 @@ HWY_EXPORT(SwiGluRow);
 
 constexpr int64_t kMaxTileRows = 16;
 
-int64_t NumPanels(int64_t rows, int64_t panel_rows) { return (rows + panel_rows - 1) / panel_rows; }
+int64_t NumPanels(int64_t rows, int64_t panel_rows) {
+  return (rows + panel_rows - 1) / panel_rows;
+}
 
 // Stands for the missing rows of the last panel.
 alignas(64) constexpr float kZeroRow[kBlockColumns] = {};
 
-// Packs one panel. row_block(row, r, first, columns) gives columns [first, first + columns) of a row,
-// the r-th of the panel; what it gives must stay until the next block of columns. row_ahead(row, first)
-// is where the same will be read from soon.
+// Packs one panel. row_block(row, r, first, columns) gives columns [first, first + columns) of a
+// row, the r-th of the panel; what it gives must stay until the next block of columns.
+// row_ahead(row, first) is where the same will be read from soon.
 template <class RowBlock, class RowAhead>
 void PackPanel(int64_t panel, int64_t rows, int64_t k, int64_t panel_rows, float* data,
                const RowBlock& row_block, const RowAhead& row_ahead) {
@@ -167,8 +170,8 @@ void AskForHugePages(void* data, size_t bytes) {
 uint64_t PackedRows::Bytes(int64_t rows, int64_t k) {
   if (rows <= 0 || k <= 0) return 0;
   const int64_t panel_rows = ActiveTileShape().rows;
-  const auto padded = static_cast<uint64_t>(NumPanels(rows, panel_rows)) *
-                      static_cast<uint64_t>(panel_rows);
+  const auto padded =
+      static_cast<uint64_t>(NumPanels(rows, panel_rows)) * static_cast<uint64_t>(panel_rows);
   return CheckedMul(CheckedMul(padded, static_cast<uint64_t>(k), "packed rows"), sizeof(float),
                     "packed rows");
 }
@@ -191,8 +194,9 @@ void PackedRows::Pack(const float* x, int64_t rows, int64_t k, int64_t ld, Threa
   Reserve(rows, k);
   const auto at = [&](int64_t row, int64_t first) { return x + row * ld + first; };
   pool.Run(NumPanels(rows, panel_rows_), [&](int64_t panel, int) {
-    PackPanel(panel, rows, k, panel_rows_, buffer_.data(),
-              [&](int64_t row, int64_t, int64_t first, int64_t) { return at(row, first); }, at);
+    PackPanel(
+        panel, rows, k, panel_rows_, buffer_.data(),
+        [&](int64_t row, int64_t, int64_t first, int64_t) { return at(row, first); }, at);
   });
 }
 
@@ -204,8 +208,9 @@ void PackedRows::PackGathered(const float* x, std::span<const int32_t> index, in
     return x + index[static_cast<size_t>(row)] * ld + first;
   };
   pool.Run(NumPanels(rows, panel_rows_), [&](int64_t panel, int) {
-    PackPanel(panel, rows, k, panel_rows_, buffer_.data(),
-              [&](int64_t row, int64_t, int64_t first, int64_t) { return at(row, first); }, at);
+    PackPanel(
+        panel, rows, k, panel_rows_, buffer_.data(),
+        [&](int64_t row, int64_t, int64_t first, int64_t) { return at(row, first); }, at);
   });
 }
 

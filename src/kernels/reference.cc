@@ -9,7 +9,9 @@
 namespace winnow {
 namespace {
 
-double Widened(float x) { return static_cast<double>(x); }
+double Widened(float x) {
+  return static_cast<double>(x);
+}
 
 }  // namespace
 

@@ -14,8 +14,9 @@ namespace winnow {
 namespace HWY_NAMESPACE {
 
 // exp(x) for x <= 0, within 2 units in the last place down to x = -87, then 0. NaN stays NaN
-// (Highway's own Exp turns it into 0, which would hide a broken activation, and takes twice the time
-// because it covers positive x too). 2^n times the polynomial of Cephes' expf on the remainder.
+// (Highway's own Exp turns it into 0, which would hide a broken activation, and takes twice the
+// time because it covers positive x too). 2^n times the polynomial of Cephes' expf on the
+// remainder.
 HWY_INLINE VF ExpNonPositive(VF x) {
   const DF d;
   const hn::RebindToSigned<DF> di;

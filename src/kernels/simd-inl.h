@@ -40,14 +40,17 @@ inline constexpr size_t kTileRows = 6;
 #endif
 inline constexpr size_t kTileColumns = 2 * kLanes;
 
-// Through void, because clang warns that a byte pointer may be less aligned than T; LoadU allows it.
+// Through void, because clang warns that a byte pointer may be less aligned than T; LoadU allows
+// it.
 template <class T>
 HWY_INLINE const T* As(const std::byte* p) {
   return static_cast<const T*>(static_cast<const void*>(p));
 }
 
 // kLanes elements of a stored row as f32.
-HWY_INLINE VF WidenF32(const std::byte* p) { return hn::LoadU(DF(), As<float>(p)); }
+HWY_INLINE VF WidenF32(const std::byte* p) {
+  return hn::LoadU(DF(), As<float>(p));
+}
 HWY_INLINE VF WidenBf16(const std::byte* p) {
   const hn::RebindToUnsigned<DF> du32;
   const hn::Rebind<uint16_t, DF> du16;
@@ -99,7 +102,9 @@ HWY_INLINE void StorePartial(VF v, float* p, size_t count) {
 }
 
 // Sum of all lanes, order fixed by the lane count.
-HWY_INLINE float SumLanes(VF v) { return hn::GetLane(hn::SumOfLanes(DF(), v)); }
+HWY_INLINE float SumLanes(VF v) {
+  return hn::GetLane(hn::SumOfLanes(DF(), v));
+}
 
 #if HWY_TARGET != HWY_SCALAR
 // The 128-bit blocks of v added: upper half to lower half, down to one.

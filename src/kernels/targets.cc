@@ -12,8 +12,12 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-int64_t CompiledTarget() { return HWY_TARGET; }
-TileShape CompiledTileShape() { return {kTileRows, kTileColumns}; }
+int64_t CompiledTarget() {
+  return HWY_TARGET;
+}
+TileShape CompiledTileShape() {
+  return {kTileRows, kTileColumns};
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace winnow
@@ -25,7 +29,9 @@ namespace winnow {
 HWY_EXPORT(CompiledTarget);
 HWY_EXPORT(CompiledTileShape);
 
-TileShape ActiveTileShape() { return HWY_DYNAMIC_DISPATCH(CompiledTileShape)(); }
+TileShape ActiveTileShape() {
+  return HWY_DYNAMIC_DISPATCH(CompiledTileShape)();
+}
 
 namespace {
 
@@ -58,7 +64,9 @@ std::vector<std::string> SupportedIsas() {
   return names;
 }
 
-std::string ActiveIsa() { return NameOfTarget(HWY_DYNAMIC_DISPATCH(CompiledTarget)()); }
+std::string ActiveIsa() {
+  return NameOfTarget(HWY_DYNAMIC_DISPATCH(CompiledTarget)());
+}
 
 void SelectIsa(std::string_view name) {
   for (const int64_t target : RunnableTargets()) {

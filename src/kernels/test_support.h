@@ -1,5 +1,5 @@
-// What the kernel tests share: every attainable instruction set, random and exact data, weights that
-// end where readable memory ends.
+// What the kernel tests share: every attainable instruction set, random and exact data, weights
+// that end where readable memory ends.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -20,8 +20,8 @@
 
 namespace winnow {
 
-// Unit roundoff of f32. A sum of k products, each step rounded once (FMA) or twice, is off by at most
-// k * kUnit * sum |x w| to first order, whatever the order of the sum.
+// Unit roundoff of f32. A sum of k products, each step rounded once (FMA) or twice, is off by at
+// most k * kUnit * sum |x w| to first order, whatever the order of the sum.
 inline constexpr double kUnit = 0x1p-24;
 
 // Sizes around the tiles (4, 6, 8, 12, 16, 32 lanes or rows) and the block of 256 columns.
@@ -35,7 +35,7 @@ class EveryIsa : public testing::TestWithParam<std::string> {
   void SetUp() override { SelectIsa(GetParam()); }
   void TearDown() override { SelectIsa(SupportedIsas().back()); }
 };
-#define WINNOW_EVERY_ISA(Suite)                                                    \
+#define WINNOW_EVERY_ISA(Suite)                                                      \
   INSTANTIATE_TEST_SUITE_P(Isa, Suite, testing::ValuesIn(::winnow::SupportedIsas()), \
                            [](const auto& isa) { return isa.param; })
 
@@ -62,7 +62,8 @@ class GuardedBytes {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     readable_ = (bytes + page - 1) / page * page;
     mapped_ = readable_ + page;
-    void* mapping = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapping =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     EXPECT_NE(mapping, MAP_FAILED);
     base_ = static_cast<std::byte*>(mapping);
     EXPECT_EQ(mprotect(base_ + readable_, page, PROT_NONE), 0);

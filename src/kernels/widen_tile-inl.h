@@ -59,8 +59,8 @@ HWY_INLINE void Shuffle(D d, V (&v)[kCount]) {
   for (size_t i = 0; i < kCount; ++i) v[i] = out[i];
 }
 
-// f32: transpositions of 4x4, a half of the tile at a time; block b of a vector holds rows 4b..4b+3.
-// `rows` [kTileColumns] with a constant stride; writes whole groups of 4 columns.
+// f32: transpositions of 4x4, a half of the tile at a time; block b of a vector holds rows
+// 4b..4b+3. `rows` [kTileColumns] with a constant stride; writes whole groups of 4 columns.
 HWY_INLINE void TransposeF32(const std::byte* rows, size_t stride, size_t columns, float* out) {
   const DF d;
   for (size_t c = 0; c < columns; c += 4) {
@@ -81,10 +81,10 @@ HWY_INLINE void TransposeF32(const std::byte* rows, size_t stride, size_t column
   }
 }
 
-// bf16 and f16: transpositions of 8x8 in 16-bit lanes, then widening. bf16 is widened by interleaving
-// with zeros inside blocks, so block b must hold rows 4b..4b+3 of both halves of the tile. f16 is
-// widened by an instruction that takes half a vector in order, so block b holds rows 8b..8b+7.
-// Writes whole groups of 8 columns.
+// bf16 and f16: transpositions of 8x8 in 16-bit lanes, then widening. bf16 is widened by
+// interleaving with zeros inside blocks, so block b must hold rows 4b..4b+3 of both halves of the
+// tile. f16 is widened by an instruction that takes half a vector in order, so block b holds rows
+// 8b..8b+7. Writes whole groups of 8 columns.
 template <Dtype kDtype>
 HWY_INLINE void Transpose16(const std::byte* rows, size_t stride, size_t columns, float* out) {
   const DF d;
@@ -121,9 +121,9 @@ HWY_INLINE void Transpose16(const std::byte* rows, size_t stride, size_t columns
 }
 
 // out [columns][kTileColumns] = the rows, widened and transposed. They are first copied side by
-// side: rows of a power-of-two length all fall into one set of the L1 cache and would push each other
-// out between two groups of columns. The copy also makes room to read whole groups at the end of a
-// row, so up to 7 columns more than asked for are written (kBlockColumns is a multiple of 8).
+// side: rows of a power-of-two length all fall into one set of the L1 cache and would push each
+// other out between two groups of columns. The copy also makes room to read whole groups at the end
+// of a row, so up to 7 columns more than asked for are written (kBlockColumns is a multiple of 8).
 template <Dtype kDtype>
 HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* out) {
   constexpr size_t kElement = kElementBytes<kDtype>;
@@ -157,8 +157,9 @@ HWY_NOINLINE void WidenTileAs(const std::byte* const* rows, int64_t columns, flo
   WidenRows<kDtype>(rows, columns, out);
 }
 
-// out [kBlockColumns][kTileColumns]: its first `columns` rows = W rows [first_row, first_row + kTileColumns), columns
-// [first_column, first_column + columns). Rows past the end of W repeat the last one.
+// out [kBlockColumns][kTileColumns]: its first `columns` rows = W rows [first_row, first_row +
+// kTileColumns), columns [first_column, first_column + columns). Rows past the end of W repeat the
+// last one.
 HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
                           int64_t columns, float* out) {
   const std::byte* rows[kTileColumns];
