@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <span>
 
 #include "base/error.h"
 #include "base/units.h"
@@ -41,16 +42,73 @@ class Batch {
         ranked_(std::min(num_experts, k_ + num_dropped)),
         normalize_(info.norm_topk_prob),
         epsilon_(info.normalize_epsilon),
-        has_target_(has_target) {}
+        has_target_(has_target) {
+    TabulateSelections(BinomialCoefficient(num_experts, num_dropped));
+  }
 
-  void Prepare(const TokenRecords& records) {
+  void Prepare(const TokenRecords& records, ThreadPool& pool) {
     records_ = &records;
     const auto n = static_cast<size_t>(records.num_tokens);
     order_.resize(n * static_cast<size_t>(ranked_));
     mass_.resize(n * static_cast<size_t>(experts_));
     intact_norm_.resize(n);
+    selection_error_.resize(n * selections_.size());
+    constexpr size_t kTokens = 256;
+    pool.Run(static_cast<int64_t>((n + kTokens - 1) / kTokens), [&](int64_t task, int) {
+      const size_t first = static_cast<size_t>(task) * kTokens;
+      RankTokens(records, first, std::min(n, first + kTokens));
+    });
+  }
+
+  // Sum over the batch's tokens of the squared error with experts `dropped` gone. `gone` flags
+  // them.
+  double SquaredError(const std::vector<int32_t>& dropped, const std::vector<uint8_t>& gone) const {
+    double sum = 0;
+    for (int64_t t = 0; t < records_->num_tokens; ++t) {
+      const auto token = static_cast<size_t>(t);
+      sum += selections_.empty() ? TokenError(token, dropped, gone) : TabledError(token, gone);
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr size_t kMaxSelected = 128;  // far above any family's k
+  static constexpr int64_t kMaxTabledRanks = 12;
+
+  // With renormalisation a token's error depends on its new experts alone, which are k of its first
+  // k + dropped ranks: often far fewer cases than subsets. Each is computed once and looked up.
+  void TabulateSelections(uint64_t num_subsets) {
+    if (!normalize_ || ranked_ > kMaxTabledRanks ||
+        BinomialCoefficient(ranked_, k_) > num_subsets) {
+      return;
+    }
+    selection_of_mask_.assign(size_t{1} << ranked_, 0);
+    for (const std::vector<int32_t>& ranks : Subsets(ranked_, k_)) {
+      selections_.push_back(ranks);
+    }
+    for (size_t mask = 0; mask < selection_of_mask_.size(); ++mask) {
+      std::vector<int32_t> ranks;  // the first k that the mask does not remove
+      for (int32_t rank = 0; rank < ranked_ && std::ssize(ranks) < k_; ++rank) {
+        if ((mask >> rank & 1) == 0) ranks.push_back(rank);
+      }
+      const auto at = std::find(selections_.begin(), selections_.end(), ranks);
+      selection_of_mask_[mask] = static_cast<uint16_t>(at - selections_.begin());
+    }
+  }
+
+  double TabledError(size_t t, const std::vector<uint8_t>& gone) const {
+    const int32_t* order = order_.data() + t * static_cast<size_t>(ranked_);
+    size_t mask = 0;
+    for (int64_t rank = 0; rank < ranked_; ++rank) {
+      mask |= static_cast<size_t>(gone[static_cast<size_t>(order[rank])]) << rank;
+    }
+    return selection_error_[t * selections_.size() + selection_of_mask_[mask]];
+  }
+
+  void RankTokens(const TokenRecords& records, size_t first, size_t end) {
     std::vector<int32_t> order(static_cast<size_t>(experts_));
-    for (size_t t = 0; t < n; ++t) {
+    std::array<int32_t, kMaxSelected> selected;
+    for (size_t t = first; t < end; ++t) {
       const float* logits = records.router_logits.data() + t * static_cast<size_t>(experts_);
       std::iota(order.begin(), order.end(), 0);
       std::partial_sort(order.begin(), order.begin() + ranked_, order.end(),
@@ -78,21 +136,16 @@ class Batch {
         }
         intact_norm_[t] = norm;
       }
+      for (size_t i = 0; i < selections_.size(); ++i) {
+        for (size_t j = 0; j < selections_[i].size(); ++j)
+          selected[j] = Ranked(t, selections_[i][j]);
+        const bool intact = i == 0 && !has_target_;  // the first k ranks: nothing changes
+        selection_error_[t * selections_.size() + i] =
+            intact ? 0.0
+                   : SelectionError(t, std::span(selected).first(static_cast<size_t>(k_)), 1.0);
+      }
     }
   }
-
-  // Sum over the batch's tokens of the squared error with experts `dropped` gone. `gone` flags
-  // them.
-  double SquaredError(const std::vector<int32_t>& dropped, const std::vector<uint8_t>& gone) const {
-    double sum = 0;
-    for (int64_t t = 0; t < records_->num_tokens; ++t) {
-      sum += TokenError(static_cast<size_t>(t), dropped, gone);
-    }
-    return sum;
-  }
-
- private:
-  static constexpr size_t kMaxTerms = 256;  // k <= 128, far above any family
 
   int32_t Ranked(size_t t, int64_t rank) const {
     return order_[t * static_cast<size_t>(ranked_) + static_cast<size_t>(rank)];
@@ -119,18 +172,27 @@ class Batch {
       const double growth = 1.0 / left - 1.0;
       return growth * growth * intact_norm_[t];
     }
+    std::array<int32_t, kMaxSelected> selected;
+    for (int64_t rank = 0, found = 0; found < k_; ++rank) {
+      const int32_t e = Ranked(t, rank);
+      if (gone[static_cast<size_t>(e)] == 0) selected[static_cast<size_t>(found++)] = e;
+    }
+    return SelectionError(t, std::span(selected).first(static_cast<size_t>(k_)), left);
+  }
+
+  // The squared error of token t when its experts become `selected`; `left` is the softmax mass of
+  // all survivors.
+  double SelectionError(size_t t, std::span<const int32_t> selected, double left) const {
+    const double* mass = mass_.data() + t * static_cast<size_t>(experts_);
     // Terms of the quadratic form: coefficient per expert.
-    std::array<int32_t, kMaxTerms> expert;
-    std::array<double, kMaxTerms> coefficient;
+    std::array<int32_t, 2 * kMaxSelected> expert;
+    std::array<double, 2 * kMaxSelected> coefficient;
     size_t terms = 0;
     double selected_mass = 0;
-    for (int64_t i = 0, found = 0; found < k_; ++i) {
-      const int32_t e = Ranked(t, i);
-      if (gone[static_cast<size_t>(e)] != 0) continue;
+    for (const int32_t e : selected) {
       expert[terms] = e;
       coefficient[terms++] = mass[e];
       selected_mass += mass[e];
-      ++found;
     }
     const double scale = normalize_ ? 1.0 / (selected_mass + epsilon_) : 1.0 / left;
     for (size_t i = 0; i < terms; ++i) coefficient[i] *= scale;
@@ -173,9 +235,12 @@ class Batch {
   double epsilon_;
   bool has_target_;
   const TokenRecords* records_ = nullptr;
-  std::vector<int32_t> order_;       // [n, ranked] experts by falling logit
-  std::vector<double> mass_;         // [n, E] softmax
-  std::vector<double> intact_norm_;  // [n]
+  std::vector<int32_t> order_;                    // [n, ranked] experts by falling logit
+  std::vector<double> mass_;                      // [n, E] softmax
+  std::vector<std::vector<int32_t>> selections_;  // tabled: the k ranks in use
+  std::vector<uint16_t> selection_of_mask_;       // by bit mask of removed ranks
+  std::vector<double> selection_error_;           // [n, selections]
+  std::vector<double> intact_norm_;               // [n]
 };
 
 }  // namespace
@@ -243,7 +308,7 @@ LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
   for (const int64_t num_tokens : info.BatchTokens()) {
     control.Poll();
     records.ReadTokens(first, num_tokens, tokens);
-    batch.Prepare(tokens);
+    batch.Prepare(tokens, pool);
     first += num_tokens;
     pool.Run(static_cast<int64_t>(subsets.size()), [&](int64_t i, int) {
       const auto at = static_cast<size_t>(i);
