@@ -27,8 +27,9 @@ def run(*command):
 
 
 def compare(winnow, folder, name, tmp):
+    dtype = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        folder, attn_implementation="eager", output_loading_info=True, **{dtype: torch.float32})
     faults = [f"{key} {sorted(info[key])[:3]}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
               if info.get(key)]
     generator = torch.Generator().manual_seed(1)
@@ -45,19 +46,37 @@ def compare(winnow, folder, name, tmp):
     return not faults
 
 
+def prune(winnow, model, calibration, keep, name, tmp):
+    stats, plan, pruned = (os.path.join(tmp, f"{name}.{kind}") for kind in ("stats", "plan.json", "pruned"))
+    run(winnow, "observe", model, *calibration, "-o", stats)
+    run(winnow, "plan", stats, "--method", "naee", "--keep", keep, "-o", plan)
+    run(winnow, "apply", model, "--plan", plan, "-o", pruned)
+    return pruned
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--winnow", default=os.path.join(ROOT, "build/release/winnow"))
+    parser.add_argument("--synthetic", default=os.path.join(ROOT, "build/release/tools/make_synthetic_checkpoint"))
     parser.add_argument("--model", default=os.path.join(ROOT, "examples/sample-mixtral"))
-    parser.add_argument("--keep", default="6")
+    parser.add_argument("--keep", default=6)
     args = parser.parse_args()
-    calib = [os.path.join(ROOT, f"examples/text/{name}.calib.txt.xz") for name in ("prose", "docs", "code", "math", "other")]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    domains = ("prose", "docs", "code", "math", "other")
+    text = ["--calib", *(os.path.join(ROOT, f"examples/text/{name}.calib.txt.xz") for name in domains), "--blocks", 32]
     with tempfile.TemporaryDirectory() as tmp:
-        stats, plan, pruned = (os.path.join(tmp, name) for name in ("stats", "plan.json", "pruned"))
-        run(args.winnow, "observe", args.model, "--calib", *calib, "--blocks", 32, "--block", 512, "-o", stats)
-        run(args.winnow, "plan", stats, "--method", "naee", "--keep", args.keep, "-o", plan)
-        run(args.winnow, "apply", args.model, "--plan", plan, "-o", pruned)
-        results = [compare(args.winnow, args.model, "original", tmp), compare(args.winnow, pruned, "pruned", tmp)]
+        results = [compare(args.winnow, args.model, "sample", tmp)]
+        pruned = prune(args.winnow, args.model, text, args.keep, "sample", tmp)
+        results.append(compare(args.winnow, pruned, "sample-pruned", tmp))
+        # The other families stock transformers has, as small models of random weights.
+        for family in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+            model = os.path.join(tmp, family)
+            run(args.synthetic, "--family", family, "--hidden", 64, "--layers", 3, "--heads", 4, "--kv-heads", 2,
+                "--head-dim", 16, "--vocab", 320, "--experts", 8, "--top-k", 3, "--expert-width", 32,
+                "--shared-width", 48, "--dense-width", 48, "--ids", 256, "--block", 64, "-o", model)
+            ids = ["--calib", os.path.join(model, "ids.safetensors")]
+            results.append(compare(args.winnow, prune(args.winnow, model, ids, 5, family, tmp), family + "-pruned", tmp))
     print(f"transformers {transformers.__version__}: {sum(results)} of {len(results)} agree")
     return 0 if all(results) else 1
 
