@@ -56,8 +56,13 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
 }
 
 int RunCompress(Session& session, CompressFlags& flags) {
-  RequireFreshOutput(flags.output, session.flags.force, session.flags.resume);
   const fs::path work = flags.output + ".work";
+  // Interrupted while evaluating: the checkpoint is complete, only its measurements are missing.
+  const bool applied_before = session.flags.resume && fs::exists(work) &&
+                              fs::exists(fs::path(flags.output) / "winnow-plan.json");
+  if (!applied_before) {
+    RequireFreshOutput(flags.output, session.flags.force, session.flags.resume);
+  }
   if (fs::exists(work) && !session.flags.resume && !session.flags.force) {
     throw UsageError(fmt::format("{} is left from an interrupted run", work.string()),
                      "go on with --resume, or start again with --force");
@@ -76,8 +81,14 @@ int RunCompress(Session& session, CompressFlags& flags) {
   ApplyOptions options;
   options.resume = session.flags.resume;
   const RewritePlan rewrite = PlanRewrite(model, plan, options);
-  const ApplyResult applied =
-      ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
+  ApplyResult applied;
+  if (!applied_before) {
+    applied = ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
+  } else if (PlanToJson(ReadPlan(fs::path(flags.output) / "winnow-plan.json")) !=
+             PlanToJson(plan)) {
+    throw UsageError(fmt::format("{} was made with another model, text or flag", flags.output),
+                     "repeat the command as it was, or start again with --force");
+  }
   const double pruned_seconds = session.seconds();
   std::vector<EvalRow> rows;
   if (!flags.texts.empty()) {

@@ -88,7 +88,7 @@ int RunTrace(Session& session, const TraceFlags& flags) {
     throw UsageError(fmt::format("{}: trace needs rows of equal length", flags.ids),
                      "give input_ids as [rows, tokens]");
   }
-  RequireFreshOutput(flags.output, true, false);
+  RequireFreshOutput(flags.output, session.flags.force, false);
   const int64_t h = model.config().hidden_size, num_layers = model.config().num_layers();
   const int64_t n = tokens.num_tokens();
   MemoryPlan plan;
@@ -100,6 +100,7 @@ int RunTrace(Session& session, const TraceFlags& flags) {
   plan.Add("work of a tile",
            LayerSweep::ScratchBytes(model, tokens, false, session.pool().num_threads()));
   session.RequireMemory(plan, "trace");
+  if (session.flags.dry_run) return 0;
   Trace trace(tokens.num_sequences(), row_tokens);
   LayerReader reader(model, reading);
   LayerSweep sweep(model, tokens, session.pool(), session.control(), "trace");
@@ -137,6 +138,7 @@ void AddTrace(CLI::App& app, Session& session) {
       ->required();
   verb->add_option("-o,--output", flags->output, "safetensors file to write")->required();
   session.AddComputeFlags(*verb);
+  session.AddOutputFlags(*verb, false);
   session.AddReportFlags(*verb);
   verb->footer(
       "Example: winnow trace MODEL --ids ids.safetensors -o trace.safetensors --compute f32");
