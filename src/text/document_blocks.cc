@@ -23,7 +23,7 @@ constexpr int64_t kDocumentsPerBlock = 16;
 std::vector<uint32_t> DocumentBytes(const TextSource& source, const std::string& field) {
   std::vector<uint32_t> bytes;
   ReadDocuments(source, field, [&](const std::string& document) {
-    bytes.push_back(static_cast<uint32_t>(document.size()));  // at most 1 GiB
+    bytes.push_back(static_cast<uint32_t>(document.size()));  // at most 256 MiB
     return true;
   });
   return bytes;

@@ -12,7 +12,7 @@
 #include "base/json.h"
 #include "base/units.h"
 #include "text/byte_reader.h"
-#include "text/utf8.h"
+#include "tokenizer/utf8.h"
 
 namespace winnow {
 namespace {
@@ -21,7 +21,7 @@ constexpr std::string_view kSeparator = "<|endoftext|>";
 constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 constexpr size_t kBufferBytes = size_t{1} << 20;
 // A document is held whole; without separators a text is one document.
-constexpr size_t kMaxDocumentBytes = size_t{1} << 30;
+constexpr size_t kMaxDocumentBytes = size_t{256} << 20;
 constexpr size_t kMaxJsonLineBytes = size_t{64} << 20;
 
 enum class TextKind { kText, kJsonLines, kTokenIds, kUnknown };
@@ -97,10 +97,10 @@ class LineReader {
 };
 
 void CheckUtf8(const fs::path& path, std::string_view text, uint64_t offset) {
-  const std::optional<size_t> invalid = FirstInvalidUtf8(text);
-  if (!invalid) return;
+  const size_t valid = tok::ValidUtf8Prefix(text);
+  if (valid == text.size()) return;
   throw ModelError(fmt::format("{}: not UTF-8: byte 0x{:02x} at byte {} of the text", path.string(),
-                               static_cast<unsigned char>(text[*invalid]), offset + *invalid),
+                               static_cast<unsigned char>(text[valid]), offset + valid),
                    "convert the text to UTF-8, for example with iconv -f WINDOWS-1252 -t UTF-8");
 }
 

@@ -9,7 +9,6 @@
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
 #include "checkpoint/test_folder.h"
-#include "text/utf8.h"
 
 namespace winnow {
 namespace {
@@ -222,16 +221,15 @@ TEST_F(TextSourceTest, MissingFile) {
                RuntimeError);
 }
 
-TEST(Utf8, FirstInvalid) {
-  for (const char* valid :
-       {"", "ascii only, more than eight bytes", "é", "日本語", "\xf0\x9f\x98\x80", "\xc2\x80",
-        "\xe0\xa0\x80", "\xed\x9f\xbf", "\xee\x80\x80", "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf"}) {
-    EXPECT_EQ(FirstInvalidUtf8(valid), std::nullopt) << valid;
-  }
+TEST_F(TextSourceTest, Utf8AsRfc3629DefinesIt) {
+  const std::string valid =
+      "\xc2\x80\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xf0\x90\x80\x80\xf4\x8f\xbf\xbf";
+  EXPECT_THAT(Read("a.txt", valid), ElementsAre(valid));
   for (const char* invalid : {"\x80", "\xc0\x80", "\xc1\xbf", "\xe0\x9f\xbf", "\xed\xa0\x80",
                               "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xff",
                               "\xc3", "\xe2\x82", "\xf0\x9f\x98", "\xe2\x82x", "\xc3\xc3"}) {
-    EXPECT_EQ(FirstInvalidUtf8(std::string("12345678é") + invalid), 10u) << invalid;
+    EXPECT_THAT(ReadError("a.txt", std::string("12345678é") + invalid), HasSubstr("at byte 10 of"))
+        << invalid;
   }
 }
 
