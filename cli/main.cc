@@ -51,9 +51,12 @@ int ReportUsage(const CLI::App& app, const CLI::ParseError& problem) {
   while (!verb->get_subcommands().empty()) verb = verb->get_subcommands().front();
   const std::string name = verb == &app ? "winnow" : fmt::format("winnow {}", verb->get_name());
   std::string hint = fmt::format("see {} -h", name);
-  if (dynamic_cast<const CLI::ExtrasError*>(&problem) != nullptr) {
-    const std::vector<std::string> extras = verb->remaining(true);
-    const std::string wrong = extras.empty() ? "" : extras.front();
+  // A misspelt flag is named before the flag that is missing because of it.
+  std::string wrong;
+  for (const std::string& extra : verb->remaining(true)) {
+    if (wrong.empty() || (wrong.rfind('-', 0) != 0 && extra.rfind('-', 0) == 0)) wrong = extra;
+  }
+  if (dynamic_cast<const CLI::ExtrasError*>(&problem) != nullptr || wrong.rfind('-', 0) == 0) {
     const std::string near = Suggest(wrong.substr(0, wrong.find('=')), KnownNames(*verb));
     if (!near.empty()) hint = fmt::format("did you mean {}?", near);
     const char* what = verb == &app && wrong.rfind('-', 0) != 0 ? "verb" : "argument";

@@ -30,8 +30,9 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
       RequireDiskSpace(output, plan->stats_bytes, "full statistics");
     } catch (const ResourceError& problem) {
       if (options.progressive_keep) throw;
-      session.Warn(fmt::format("full statistics do not fit, gathering --stats routed: {}",
-                               std::string(problem.what()).substr(0, 120)));
+      const std::string reason = problem.what();
+      session.Warn(fmt::format("full statistics do not fit ({}); gathering --stats routed",
+                               reason.substr(0, reason.find(':'))));
       options.level = StatsLevel::kRouted;
       plan = PlanObserve(model, sources, options, threads);
     }

@@ -50,6 +50,7 @@ TEST(Json, RefusesDuplicatesDepthAndBadUtf8) {
   EXPECT_EQ(ParseJson(R"({"a":[1,2]})", "f")["a"][1], 2);
   EXPECT_THROW(ParseJson(R"({"a":1,"a":2})", "f"), ModelError);
   EXPECT_THROW(ParseJson(R"({"a":1} x)", "f"), ModelError);
+  EXPECT_THROW(ParseJson(std::string("{\"a\":1}\0junk", 12), "f"), ModelError);
   EXPECT_THROW(ParseJson("{\"a\":\"\xff\"}", "f"), ModelError);
   EXPECT_THROW(ParseJson(std::string(100, '[') + std::string(100, ']'), "f"), ModelError);
 }

@@ -62,6 +62,11 @@ class StrictChecker : public nlohmann::json_sax<Json> {
 
 template <class J>
 J Parse(std::string_view text, const std::string& where) {
+  // The parser takes a zero byte for the end of its input and would accept anything behind it.
+  if (const size_t zero = text.find('\0'); zero != std::string_view::npos) {
+    throw ModelError(fmt::format("{}: not valid JSON: zero byte at {}", where, zero),
+                     "the file is damaged; fetch or write it again");
+  }
   StrictChecker checker;
   if (!Json::sax_parse(text.begin(), text.end(), &checker)) {
     throw ModelError(fmt::format("{}: {}", where, checker.problem()),
