@@ -18,7 +18,7 @@
 namespace winnow {
 
 struct ApplyOptions {
-  std::optional<Dtype> dtype;  // convert every F32/F16/BF16 tensor
+  std::optional<Dtype> dtype = {};  // convert every F32/F16/BF16 tensor
   bool resume = false;
 };
 

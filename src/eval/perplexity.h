@@ -26,7 +26,7 @@ struct PerplexityProtocol {
   bool bos = true;              // each window starts with BOS, which replaces its last token
   bool half = false;            // only the second half of each window is scored
   bool join_documents = false;  // tokenise the whole text at once, documents joined by two newlines
-  std::string description;
+  std::string description = {};
 };
 // bos-512 (default), plain-512, gptq-wikitext2-2048, llamacpp-512. UsageError for other names.
 PerplexityProtocol FindProtocol(const std::string& name);
@@ -66,8 +66,8 @@ struct PerplexityResult {
 
 struct EvalOptions {
   uint64_t memory_budget_bytes = 0;
-  fs::path spill_folder;  // where the stream goes if the budget does not hold it
-  std::vector<std::vector<int32_t>> kept_experts;
+  fs::path spill_folder = {};  // where the stream goes if the budget does not hold it
+  std::vector<std::vector<int32_t>> kept_experts = {};
 };
 
 struct EvalPlan {

@@ -24,13 +24,13 @@ struct SamplingOptions {
 };
 
 struct GenerateOptions {
-  SamplingOptions sampling;
+  SamplingOptions sampling = {};
   int64_t max_new_tokens = 128;
   int64_t vocabulary_limit =
       0;  // ids from here on are never sampled (rows without a token); 0: none
   bool stop_at_eos = true;
   uint64_t memory_budget_bytes = 0;
-  std::vector<std::vector<int32_t>> kept_experts;
+  std::vector<std::vector<int32_t>> kept_experts = {};
 };
 
 struct GeneratePlan {

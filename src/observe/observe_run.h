@@ -24,18 +24,18 @@ using ChooseSurvivors = std::function<std::vector<int32_t>(
     const fs::path& stats_folder, const StatsInfo& info, const StatsLayer& layer)>;
 
 struct ObserveOptions {
-  std::optional<StatsLevel> level;  // nothing: full if it fits disk and budget, else routed
+  std::optional<StatsLevel> level = {};  // nothing: full if it fits disk and budget, else routed
   int64_t batch = 8;
   std::string compute = "auto";
   // Two-stream sweep: survivors per MoE layer; `choose` must be set too.
-  std::optional<int64_t> progressive_keep;
-  ChooseSurvivors choose;
+  std::optional<int64_t> progressive_keep = {};
+  ChooseSurvivors choose = {};
   bool resume = false;
   // The stream is saved when a layer ends at least this long after the last save.
   double checkpoint_seconds = 1.0;
   uint64_t memory_budget_bytes = 0;
   // Experts to use of each layer (what-if plans); empty = all.
-  std::vector<std::vector<int32_t>> kept_experts;
+  std::vector<std::vector<int32_t>> kept_experts = {};
 };
 
 // What will be held and how: decided before anything is read.

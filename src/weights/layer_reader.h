@@ -18,7 +18,7 @@ struct LayerReaderOptions {
   bool prefetch = true;        // two layers in memory instead of one
   bool keep_resident = false;  // every layer stays (generation)
   // Experts to load of each layer, ascending; an empty outer list or an empty inner list means all.
-  std::vector<std::vector<int32_t>> kept_experts;
+  std::vector<std::vector<int32_t>> kept_experts = {};
 };
 
 class LayerReader {
