@@ -1,0 +1,198 @@
+// What scripts rely on: exit codes, error and hint lines, clean streams, and that a run which fails
+// leaves nothing behind and touches nothing that was there.
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "base/json.h"  // ParseJson
+#include "run_program.h"
+
+namespace winnow::test {
+namespace {
+
+constexpr int kUsage = 2;
+constexpr int kModel = 3;
+constexpr int kResource = 4;
+
+const char* const kVerbs[] = {"inspect", "doctor",   "observe", "plan",     "apply", "eval",
+                              "run",     "compress", "stats",   "tokenize", "trace"};
+
+void WriteText(const std::string& path, const std::string& content) {
+  std::ofstream(path, std::ios::binary) << content;
+}
+
+void ExpectRefusal(const ProgramResult& result, int exit_code) {
+  EXPECT_EQ(result.exit_code, exit_code) << result.err;
+  EXPECT_NE(result.err.find("error: "), std::string::npos) << result.err;
+  EXPECT_NE(result.err.find("hint: "), std::string::npos) << result.err;
+  EXPECT_EQ(result.out, "");
+}
+
+// A copy of the sample that a test may damage.
+std::string CopyModel(const TemporaryFolder& folder) {
+  const std::string copy = folder / "model";
+  fs::copy(SampleModel(), copy);
+  for (const auto& entry : fs::directory_iterator(copy)) {
+    fs::permissions(entry.path(), fs::perms::owner_write, fs::perm_options::add);
+  }
+  return copy;
+}
+
+TEST(Contract, EveryVerbExplainsItself) {
+  const ProgramResult all = RunWinnow({"--help"});
+  EXPECT_EQ(all.exit_code, 0);
+  for (const std::string verb : kVerbs) {
+    EXPECT_NE(all.out.find("\n  " + verb + " "), std::string::npos) << verb;
+    const ProgramResult help = RunWinnow({verb, "-h"});
+    EXPECT_EQ(help.exit_code, 0) << verb;
+    EXPECT_NE(help.out.find("Usage:"), std::string::npos) << verb;
+    EXPECT_EQ(help.err, "") << verb;
+  }
+}
+
+TEST(Contract, MisspellingsAreUsageErrorsWithASuggestion) {
+  const ProgramResult verb = RunWinnow({"inspekt", SampleModel()});
+  ExpectRefusal(verb, kUsage);
+  EXPECT_NE(verb.err.find("did you mean inspect?"), std::string::npos) << verb.err;
+  const ProgramResult flag = RunWinnow({"plan", "stats", "--keap", "3"});
+  ExpectRefusal(flag, kUsage);
+  EXPECT_NE(flag.err.find("did you mean --keep?"), std::string::npos) << flag.err;
+  EXPECT_EQ(RunWinnow({"run", SampleModel()}).exit_code, kUsage);
+  ExpectRefusal(RunWinnow({"run", SampleModel(), "-p", "x", "--max-memory", "lots"}), kUsage);
+}
+
+TEST(Contract, JsonIsOneObjectAloneOnStandardOutput) {
+  const TemporaryFolder folder;
+  const std::string stats = folder / "stats";
+  const std::string plan = folder / "plan.json";
+  const std::vector<Arguments> commands = {
+      {"inspect", SampleModel()},
+      {"observe", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "4", "--block",
+       "64", "-o", stats},
+      {"plan", stats, "--keep", "6", "-o", plan},
+      {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
+      {"eval", "ppl", folder / "small", "--text", EvaluationText("math"), "--tokens", "512"},
+      {"run", folder / "small", "-p", "Question: ", "-n", "4"},
+      {"compress", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "4", "--block",
+       "64", "--keep", "6", "-o", folder / "other"}};
+  for (Arguments command : commands) {
+    command.insert(command.end(), {"--json", "-q"});
+    const ProgramResult result = RunWinnow(command);
+    ASSERT_EQ(result.exit_code, 0) << command[0] << ": " << result.err;
+    const Json json = ParseJson(result.out, command[0]);
+    EXPECT_TRUE(json.is_object()) << command[0];
+    EXPECT_TRUE(json.value("schema", "").starts_with("winnow.")) << command[0];
+    EXPECT_EQ(result.err, "") << command[0] << " with -q";
+  }
+}
+
+TEST(Contract, DamagedModelsAreRefusedAndLeaveNothing) {
+  const TemporaryFolder folder;
+  const std::string model = CopyModel(folder);
+  fs::resize_file(fs::path(model) / "model.safetensors", 4'000'000);
+  ExpectRefusal(RunWinnow({"inspect", model}), kModel);
+  ExpectRefusal(RunWinnow({"run", model, "-p", "x"}), kModel);
+  ExpectRefusal(
+      RunWinnow({"observe", model, "--calib", CalibrationText("math"), "-o", folder / "stats"}),
+      kModel);
+  ExpectRefusal(RunWinnow({"compress", model, "--calib", CalibrationText("math"), "--keep", "6",
+                           "-o", folder / "small"}),
+                kModel);
+  EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"model"});
+}
+
+TEST(Contract, ConfigsThatContradictTheWeightsAreRefused) {
+  const TemporaryFolder folder;
+  const std::string model = CopyModel(folder);
+  const fs::path path = fs::path(model) / "config.json";
+  const Json original = ParseJson(ReadFolder(model)["config.json"], "config.json");
+  const std::vector<std::pair<std::string, Json>> changes = {
+      {"num_hidden_layers", 5}, {"hidden_size", 64},        {"num_local_experts", 9},
+      {"vocab_size", -1},       {"num_experts_per_tok", 0}, {"intermediate_size", "wide"},
+      {"model_type", "mamba"},  {"num_hidden_layers", 1e18}};
+  for (const auto& [key, value] : changes) {
+    Json config = original;
+    config[key] = value;
+    WriteText(path.string(), config.dump());
+    const ProgramResult result = RunWinnow({"inspect", model});
+    EXPECT_EQ(result.exit_code, kModel) << key << ": " << result.err;
+    EXPECT_NE(result.err.find("error: "), std::string::npos) << key;
+  }
+}
+
+TEST(Contract, ExistingOutputsAreKeptWithoutForce) {
+  const TemporaryFolder folder;
+  const std::string stats = folder / "stats";
+  fs::create_directory(stats);
+  WriteText(stats + "/mine.txt", "precious");
+  const Arguments observe = {"observe",  SampleModel(), "--calib", CalibrationText("math"),
+                             "--blocks", "2",           "--block", "64",
+                             "-o",       stats};
+  const ProgramResult refused = RunWinnow(observe);
+  ExpectRefusal(refused, kUsage);
+  EXPECT_NE(refused.err.find("--force"), std::string::npos) << refused.err;
+  EXPECT_EQ(ReadFolder(stats).at("mine.txt"), "precious");
+  EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"stats"});
+}
+
+TEST(Contract, WhatDoesNotFitTheBudgetIsRefusedBeforehand) {
+  const TemporaryFolder folder;
+  const Arguments commands[] = {
+      {"observe", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "8", "-o",
+       folder / "stats", "--max-memory", "26M"},
+      {"run", SampleModel(), "-p", "x", "--max-memory", "26M"},
+      {"eval", "ppl", SampleModel(), "--text", EvaluationText("math"), "--max-memory", "26M"},
+      {"compress", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "8", "--keep",
+       "6", "-o", folder / "small", "--max-memory", "26M"}};
+  for (const Arguments& command : commands) {
+    const ProgramResult result = RunWinnow(command);
+    EXPECT_EQ(result.exit_code, kResource) << command[0] << ": " << result.err;
+    EXPECT_NE(result.err.find("--max-memory"), std::string::npos) << result.err;
+    EXPECT_EQ(result.out, "") << command[0];
+  }
+  EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{});
+}
+
+TEST(Contract, PlansForAnotherModelAreRefused) {
+  const TemporaryFolder folder;
+  const std::string kept =
+      "{\"layer\": 0, \"kept\": [0, 1]}, {\"layer\": 1, \"kept\": [0, 1]}, "
+      "{\"layer\": 2, \"kept\": [0, 1]}, ";
+  const std::pair<std::string, int> plans[] = {
+      {"not json", kModel},
+      {R"({"schema": "winnow.plan/1", "model": {"model_type": "olmoe"}, "layers": []})", kUsage},
+      {R"({"schema": "winnow.plan/1", "model": {"model_type": "mixtral"}, "layers": [)" + kept +
+           R"({"layer": 3, "kept": [0, 99]}]})",
+       kUsage},
+      {R"({"schema": "winnow.plan/1", "model": {"model_type": "mixtral"}, "layers": [)" + kept +
+           R"({"layer": 3, "kept": [0]}]})",
+       kUsage},
+      {R"({"schema": "winnow.plan/1", "model": {"model_type": "mixtral"}, "lairs": []})", kModel}};
+  for (const auto& [text, exit_code] : plans) {
+    WriteText(folder / "plan.json", text);
+    const ProgramResult result =
+        RunWinnow({"apply", SampleModel(), "--plan", folder / "plan.json", "-o", folder / "out"});
+    EXPECT_EQ(result.exit_code, exit_code) << text << "\n" << result.err;
+    EXPECT_NE(result.err.find("error: "), std::string::npos) << result.err;
+    EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"plan.json"});
+  }
+}
+
+TEST(Contract, AHandWrittenPlanIsEnough) {
+  const TemporaryFolder folder;
+  std::string layers;
+  for (int i = 0; i < 4; ++i) {
+    layers += (i > 0 ? ", " : "") + ("{\"layer\": " + std::to_string(i) + ", \"kept\": [1, 2, 7]}");
+  }
+  WriteText(folder / "plan.json",
+            R"({"schema": "winnow.plan/1", "model": {"model_type": "mixtral"}, "layers": [)" +
+                layers + "]}");
+  const ProgramResult result = RunWinnow(
+      {"apply", SampleModel(), "--plan", folder / "plan.json", "-o", folder / "out", "-q"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const ProgramResult text = RunWinnow({"run", folder / "out", "-p", "The", "-n", "4", "-q"});
+  EXPECT_EQ(text.exit_code, 0) << text.err;
+}
+
+}  // namespace
+}  // namespace winnow::test

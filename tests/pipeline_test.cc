@@ -1,0 +1,148 @@
+// The way from a model to a smaller one on the bundled sample: what each verb writes, and that the
+// ways lead to the same result. Expected values were computed with transformers 5.24 and torch 2.15
+// (float32, eager attention) from the same files.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "base/json.h"  // ParseJson
+#include "run_program.h"
+
+namespace winnow::test {
+namespace {
+
+// Little text, so that a sanitizer's slowness does not matter.
+const Arguments kCalibration = {"--calib",
+                                CalibrationText("prose"),
+                                CalibrationText("code") + ":2",
+                                "--blocks",
+                                "12",
+                                "--block",
+                                "128",
+                                "--seed",
+                                "7"};
+
+Arguments operator+(Arguments left, const Arguments& right) {
+  left.insert(left.end(), right.begin(), right.end());
+  return left;
+}
+
+Json RunJson(const Arguments& arguments) {
+  const ProgramResult result = RunWinnow(arguments + Arguments{"--json", "-q"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  return result.exit_code == 0 ? ParseJson(result.out, "standard output") : Json::object();
+}
+
+void MustRun(const Arguments& arguments) {
+  const ProgramResult result = RunWinnow(arguments + Arguments{"-q"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+}
+
+void Prune(const TemporaryFolder& folder, const std::string& stats, const std::string& keep,
+           const std::string& out) {
+  MustRun({"plan", stats, "--method", "naee", "--keep", keep, "-o", out + ".json"});
+  MustRun({"apply", SampleModel(), "--plan", out + ".json", "-o", out});
+  ASSERT_TRUE(fs::exists(fs::path(out) / "config.json")) << folder.path();
+}
+
+TEST(Pipeline, PerplexityAgreesWithTransformers) {
+  // Mean negative log-likelihood of the first 2,048 tokens, protocol bos-512.
+  const std::map<std::string, double> expected = {{"prose", 3.826115760227985},
+                                                  {"docs", 2.993952855110284},
+                                                  {"code", 2.460511044749502},
+                                                  {"math", 2.848428980333308},
+                                                  {"other", 3.813863572997634}};
+  for (const auto& [domain, nll] : expected) {
+    const Json result = RunJson({"eval", "ppl", SampleModel(), "--text", EvaluationText(domain),
+                                 "--tokens", "2048", "--compute", "f32"});
+    // Both in float32; sums are taken in another order.
+    EXPECT_NEAR(result.value("nll", 0.0), nll, 1e-5) << domain;
+    EXPECT_EQ(result.value("tokens", 0), 2048) << domain;
+  }
+}
+
+TEST(Pipeline, GreedyTextAgreesWithTransformers) {
+  const Json result =
+      RunJson({"run", SampleModel(), "-p", "The old man", "-n", "24", "--temp", "0"});
+  // Each step's best logit leads by at least 0.065.
+  const std::vector<int> expected = {267, 343, 1719, 272, 527, 490, 1406, 773, 267, 343, 1719, 272,
+                                     527, 490, 1406, 773, 267, 343, 1719, 272, 527, 490, 1406, 773};
+  EXPECT_EQ(result["tokens"], Json::array({expected}));
+  EXPECT_EQ(result["text"],
+            "'s own, and the old man's own, and the old man's own, and the old man");
+}
+
+TEST(Pipeline, WritesASmallerModelThatRuns) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  Prune(folder, folder / "stats", "5", folder / "small");
+  const Json before = RunJson({"inspect", SampleModel()});
+  const Json after = RunJson({"inspect", folder / "small"});
+  EXPECT_EQ(before["num_experts"], 8);
+  EXPECT_EQ(after["num_experts"], 5);
+  // Three experts of 3 x 128 x 256 and a router row of 128 each, two bytes a number, four layers.
+  const int64_t removed = int64_t{4} * 3 * (3 * 128 * 256 + 128) * 2;
+  EXPECT_EQ(before["bytes"].get<int64_t>() - after["bytes"].get<int64_t>(), removed);
+  const Json config = ParseJson(ReadFolder(folder / "small")["config.json"], "config.json");
+  EXPECT_EQ(config["num_local_experts"], 5);
+  EXPECT_EQ(config["num_experts_per_tok"], 2);
+  EXPECT_EQ(ReadFolder(folder / "small")["tokenizer.json"],
+            ReadFolder(SampleModel())["tokenizer.json"]);
+  const Json text = RunJson({"run", folder / "small", "-p", "The old man", "-n", "8"});
+  EXPECT_EQ(text["tokens"][0].size(), 8u);
+}
+
+TEST(Pipeline, APlanOnTheOriginalBehavesLikeTheWrittenModel) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  Prune(folder, folder / "stats", "6", folder / "small");
+  const Arguments measure = {"--text", EvaluationText("prose"), "--tokens", "1024"};
+  const Json written = RunJson(Arguments{"eval", "ppl", folder / "small"} + measure);
+  const Json what_if =
+      RunJson(Arguments{"eval", "ppl", SampleModel(), "--plan", folder / "small.json"} + measure);
+  EXPECT_EQ(written["nll"], what_if["nll"]);
+  const Json compared =
+      RunJson(Arguments{"eval", "ppl", folder / "small", "--against", SampleModel()} + measure);
+  const Json& row = compared["texts"][0];
+  EXPECT_EQ(row["nll"], written["nll"]);
+  EXPECT_NEAR(row["difference"]["nll"].get<double>(),
+              row["nll"].get<double>() - row["original"]["nll"].get<double>(), 1e-9);
+}
+
+TEST(Pipeline, CompressWritesWhatTheStepsWrite) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "--stats", "full", "-o", folder / "stats"} +
+          kCalibration);
+  Prune(folder, folder / "stats", "6", folder / "steps");
+  MustRun(Arguments{"compress", SampleModel(), "--keep", "6", "-o", folder / "at-once"} +
+          kCalibration);
+  const auto steps = ReadFolder(folder / "steps");
+  const auto at_once = ReadFolder(folder / "at-once");
+  ASSERT_FALSE(steps.empty());
+  for (const auto& [name, content] : steps) {
+    ASSERT_TRUE(at_once.contains(name)) << name;
+    EXPECT_TRUE(at_once.at(name) == content) << name;
+  }
+  EXPECT_EQ(ListFolder(folder.path()),
+            (std::vector<std::string>{"at-once", "stats", "steps", "steps.json"}));
+}
+
+TEST(Pipeline, ThreadsDoNotChangeABit) {
+  const TemporaryFolder folder;
+  for (const std::string threads : {"1", "2", "5"}) {
+    MustRun(Arguments{"observe", SampleModel(), "--stats", "full", "--threads", threads, "-o",
+                      folder / threads} +
+            kCalibration);
+    Prune(folder, folder / threads, "4", folder / (threads + "-small"));
+  }
+  const auto stats = ReadFolder(folder / "1");
+  const auto small = ReadFolder(folder / "1-small");
+  ASSERT_FALSE(stats.empty());
+  for (const std::string threads : {"2", "5"}) {
+    EXPECT_TRUE(ReadFolder(folder / threads) == stats) << threads << " threads";
+    EXPECT_TRUE(ReadFolder(folder / (threads + "-small")) == small) << threads << " threads";
+  }
+}
+
+}  // namespace
+}  // namespace winnow::test
