@@ -123,15 +123,6 @@ void SoftmaxTarget(float* x, int64_t rows, int64_t n, int64_t ld) {
   }
 }
 
-// Doubles are half as many per vector: a vector of f32 widens to two.
-#if HWY_TARGET == HWY_SCALAR
-using DD = hn::ScalableTag<double>;
-inline constexpr size_t kDoubleLanes = 1;
-#else
-using DD = hn::ScalableTag<double>;
-inline constexpr size_t kDoubleLanes = kLanes / 2;
-#endif
-
 double LogSumExpTarget(const float* x, int64_t n) {
   const DF d;
   const DD dd;

@@ -52,7 +52,13 @@ class PackedRows {
 // y[i, j] = sum_k x[i, k] w[j, k]; y has row stride ld_y >= w.rows. Overwrites y.
 void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool);
 
-// The same for one caller thread, for use inside a task of a pool (attention heads).
+// With `allow_bf16_activations` and a bf16 weight, X is rounded to bf16 (8 bits of precision) where
+// "avx512_bf16" is the instruction set in use: products of pairs at twice the rate. Everywhere else
+// the same as above. The promise of the file's head holds for each of the two ways.
+void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool,
+            bool allow_bf16_activations);
+
+// MatMul in f32 for one caller thread, for use inside a task of a pool (attention heads).
 void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
 
 // For one to eight rows, where reading W is the cost: y[i, j] as above, each element summed in an

@@ -30,6 +30,10 @@ inline constexpr size_t kLanes = 1;
 inline constexpr size_t kLanes = HWY_MAX_BYTES / sizeof(float);
 #endif
 
+// Doubles are half as many per vector: a vector of f32 widens to two.
+using DD = hn::ScalableTag<double>;
+inline constexpr size_t kDoubleLanes = kLanes > 1 ? kLanes / 2 : 1;
+
 // 6 x 2 accumulators + 2 of W + 1 of X fill the 16 registers of AVX2; AVX-512 has 32.
 #if HWY_TARGET == HWY_SCALAR
 inline constexpr size_t kTileRows = 4;

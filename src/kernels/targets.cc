@@ -1,6 +1,10 @@
 #include "kernels/targets.h"
 
+#include <algorithm>
+#include <atomic>
+
 #include "base/error.h"          // UsageError
+#include "kernels/bf16_tile.h"   // CpuHasBf16Dots
 #include "kernels/tile_shape.h"  // TileShape
 
 #undef HWY_TARGET_INCLUDE
@@ -35,6 +39,12 @@ TileShape ActiveTileShape() {
 
 namespace {
 
+// "avx512_bf16" is AVX-512 with one more kernel, which Highway has no target for. Set with the
+// target by SelectIsa, before any kernel runs, and like Highway's own choice one for the process.
+std::atomic<bool> bf16_dots_wanted{true};
+
+constexpr const char* kBf16Name = "avx512_bf16";
+
 // Highway's names stay inside: users see the instruction set that matters for speed.
 std::string NameOfTarget(int64_t target) {
   if (target <= HWY_AVX3) return "avx512";
@@ -55,6 +65,10 @@ std::vector<int64_t> RunnableTargets() {
 
 }  // namespace
 
+bool Bf16DotsSelected() {
+  return ActiveIsa() == kBf16Name;
+}
+
 std::vector<std::string> SupportedIsas() {
   std::vector<std::string> names;
   for (const int64_t target : RunnableTargets()) {
@@ -69,14 +83,18 @@ std::string ActiveIsa() {
 }
 
 void SelectIsa(std::string_view name) {
-  for (const int64_t target : RunnableTargets()) {
-    if (NameOfTarget(target) == name) {
+  const std::vector<std::string> supported = SupportedIsas();
+  const bool with_dots = name == kBf16Name;
+  if (std::find(supported.begin(), supported.end(), name) != supported.end()) {
+    for (const int64_t target : RunnableTargets()) {
+      if (NameOfTarget(target) != (with_dots ? "avx512" : name)) continue;
+      bf16_dots_wanted.store(with_dots);
       hwy::GetChosenTarget().Update(target);
       return;
     }
   }
   std::string known;
-  for (const std::string& isa : SupportedIsas()) known += (known.empty() ? "" : ", ") + isa;
+  for (const std::string& isa : supported) known += (known.empty() ? "" : ", ") + isa;
   throw UsageError("instruction set '" + std::string(name) + "' cannot run on this CPU",
                    "choose one of: " + known);
 }

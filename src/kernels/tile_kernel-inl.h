@@ -88,6 +88,17 @@ HWY_INLINE void FewerRows(const float* a, const float* b, int64_t block, int64_t
   }
 }
 
+// y (+)= the first columns of a whole tile.
+HWY_INLINE void CopyTileColumns(const float* tile, int64_t rows, int64_t columns, float* y,
+                                int64_t ld_y, bool add) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const float sum = tile[r * static_cast<int64_t>(kTileColumns) + c];
+      y[r * ld_y + c] = add ? y[r * ld_y + c] + sum : sum;
+    }
+  }
+}
+
 // The first `rows` x `columns` of a tile. Past the edge of W the tile repeats W's last row; those
 // columns go to a scratch tile and are dropped.
 HWY_INLINE void ComputeTile(const float* a, const float* b, int64_t block, int64_t rows,
@@ -99,12 +110,7 @@ HWY_INLINE void ComputeTile(const float* a, const float* b, int64_t block, int64
   }
   HWY_ALIGN float scratch[kTileRows * kTileColumns];
   FewerRows<kTileRows>(a, b, block, rows, scratch, kColumns, false);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const float sum = scratch[r * kColumns + c];
-      y[r * ld_y + c] = add ? y[r * ld_y + c] + sum : sum;
-    }
-  }
+  CopyTileColumns(scratch, rows, columns, y, ld_y, add);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -29,6 +29,16 @@ HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* 
   }
 }
 
+// out [(columns + 1) / 2][kTileColumns] = the rows of bf16, transposed two columns at a time.
+HWY_INLINE void PairRows(const std::byte* const* rows, int64_t columns, uint32_t* out) {
+  for (int64_t c = 0; c < columns; c += 2) {
+    for (size_t r = 0; r < kTileColumns; ++r, ++out) {
+      *out = 0;
+      std::memcpy(out, rows[r] + 2 * c, c + 1 < columns ? 4 : 2);
+    }
+  }
+}
+
 #else
 
 // A vector of 16-byte blocks, `stride` bytes apart in memory.
@@ -120,20 +130,20 @@ HWY_INLINE void Transpose16(const std::byte* rows, size_t stride, size_t columns
   }
 }
 
-// out [columns][kTileColumns] = the rows, widened and transposed. They are first copied side by
-// side: rows of a power-of-two length all fall into one set of the L1 cache and would push each
-// other out between two groups of columns. The copy also makes room to read whole groups at the end
-// of a row, so up to 7 columns more than asked for are written (kBlockColumns is a multiple of 8).
-template <Dtype kDtype>
-HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* out) {
-  constexpr size_t kElement = kElementBytes<kDtype>;
-  constexpr size_t kStride = kBlockColumns * kElement + 64;  // consecutive rows in different sets
-  HWY_ALIGN std::byte staged[kTileColumns * kStride];
+// Bytes between staged rows: consecutive rows in different sets of the L1 cache.
+template <size_t kElement>
+inline constexpr size_t kStagedStride = kBlockColumns* kElement + 64;
+
+// Copies the rows side by side: rows of a power-of-two length all fall into one set of the L1 cache
+// and would push each other out between two groups of columns. Zeros after each row up to a whole
+// vector make room to read whole groups of columns at its end.
+template <size_t kElement>
+HWY_INLINE void StageRows(const std::byte* const* rows, int64_t columns, std::byte* staged) {
   const size_t bytes = static_cast<size_t>(columns) * kElement;
   const hn::Repartition<uint8_t, DF> d8;
   for (size_t r = 0; r < kTileColumns; ++r) {
     const auto* from = As<uint8_t>(rows[r]);
-    auto* to = static_cast<uint8_t*>(static_cast<void*>(staged + r * kStride));
+    auto* to = static_cast<uint8_t*>(static_cast<void*>(staged + r * kStagedStride<kElement>));
     size_t i = 0;
     for (; i + HWY_MAX_BYTES <= bytes; i += HWY_MAX_BYTES) {
       hn::Store(hn::LoadU(d8, from + i), d8, to + i);
@@ -143,11 +153,31 @@ HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* 
       std::memcpy(to + i, from + i, bytes - i);
     }
   }
+}
+
+// out [columns][kTileColumns] = the rows, widened and transposed, and up to 7 columns more
+// (kBlockColumns is a multiple of 8).
+template <Dtype kDtype>
+HWY_INLINE void WidenRows(const std::byte* const* rows, int64_t columns, float* out) {
+  constexpr size_t kElement = kElementBytes<kDtype>;
+  constexpr size_t kStride = kStagedStride<kElement>;
+  HWY_ALIGN std::byte staged[kTileColumns * kStride];
+  StageRows<kElement>(rows, columns, staged);
   if constexpr (kDtype == Dtype::kF32) {
     TransposeF32(staged, kStride, static_cast<size_t>(columns), out);
   } else {
     Transpose16<kDtype>(staged, kStride, static_cast<size_t>(columns), out);
   }
+}
+
+// out [(columns + 1) / 2][kTileColumns] = the rows of bf16, transposed two columns at a time (up to
+// 3 pairs more are written): moves 32 bits, as a transposition of f32 does.
+HWY_INLINE void PairRows(const std::byte* const* rows, int64_t columns, uint32_t* out) {
+  constexpr size_t kStride = kStagedStride<2>;
+  HWY_ALIGN std::byte staged[kTileColumns * kStride];
+  StageRows<2>(rows, columns, staged);
+  const auto pairs = static_cast<size_t>((columns + 1) / 2);
+  TransposeF32(staged, kStride, pairs, static_cast<float*>(static_cast<void*>(out)));
 }
 
 #endif  // HWY_TARGET == HWY_SCALAR
@@ -157,17 +187,23 @@ HWY_NOINLINE void WidenTileAs(const std::byte* const* rows, int64_t columns, flo
   WidenRows<kDtype>(rows, columns, out);
 }
 
-// out [kBlockColumns][kTileColumns]: its first `columns` rows = W rows [first_row, first_row +
-// kTileColumns), columns [first_column, first_column + columns). Rows past the end of W repeat the
-// last one.
-HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
-                          int64_t columns, float* out) {
-  const std::byte* rows[kTileColumns];
+// rows[r] = where W's row first_row + r has its column first_column; past the end of W the last
+// row.
+HWY_INLINE void TileRowPointers(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                                const std::byte* (&rows)[kTileColumns]) {
   const int64_t element_bytes = w.dtype == Dtype::kF32 ? 4 : 2;
   for (size_t r = 0; r < kTileColumns; ++r) {
     const int64_t row = std::min(first_row + static_cast<int64_t>(r), w.rows - 1);
     rows[r] = w.data + (row * w.cols + first_column) * element_bytes;
   }
+}
+
+// out [kBlockColumns][kTileColumns]: its first `columns` rows = W rows [first_row, first_row +
+// kTileColumns), columns [first_column, first_column + columns).
+HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                          int64_t columns, float* out) {
+  const std::byte* rows[kTileColumns];
+  TileRowPointers(w, first_row, first_column, rows);
   if (w.dtype == Dtype::kF32) {
     WidenTileAs<Dtype::kF32>(rows, columns, out);
   } else if (w.dtype == Dtype::kBF16) {
@@ -175,6 +211,14 @@ HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t firs
   } else {
     WidenTileAs<Dtype::kF16>(rows, columns, out);
   }
+}
+
+// The same of a bf16 weight in pairs of columns: out [kBlockColumns / 2][kTileColumns].
+HWY_INLINE void PairTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                         int64_t columns, uint32_t* out) {
+  const std::byte* rows[kTileColumns];
+  TileRowPointers(w, first_row, first_column, rows);
+  PairRows(rows, columns, out);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/accumulate.h"
 #include "kernels/elementwise.h"
 
 namespace winnow {
@@ -114,23 +115,21 @@ void StatsCollector::Sums(const MoeTokens& m) {
     // One task per expert: its sums are taken by one thread in token order.
     pool_.Run(experts, [&](int64_t e, int) {
       const auto expert = static_cast<size_t>(e);
-      for (int64_t t = first; t < end; ++t) {
-        if (m.expert_outputs != nullptr) {
-          AccumulateDouble(sums.all.data() + e * h, 1.0, m.expert_outputs + (t * experts + e) * h,
-                           h);
-        }
-        for (int64_t i = 0; i < k; ++i) {
-          if (m.topk_ids[t * k + i] != e) continue;
-          const double w = static_cast<double>(m.topk_weights[t * k + i]);
-          ++sums.tokens[expert];
-          sums.weight[expert] += w;
-          if (m.expert_outputs == nullptr && m.selected_outputs == nullptr) continue;
-          const float* row = m.expert_outputs != nullptr ? m.expert_outputs + (t * experts + e) * h
-                                                         : m.selected_outputs + (t * k + i) * h;
-          AccumulateDouble(sums.selected.data() + e * h, 1.0, row, h);
-          AccumulateDouble(sums.weighted.data() + e * h, w, row, h);
-          AccumulateDouble(sums.squared_weight.data() + e * h, w * w, row, h);
-        }
+      if (m.expert_outputs != nullptr) {
+        AccumulateRows(sums.all.data() + e * h, m.expert_outputs + (first * experts + e) * h,
+                       end - first, experts * h, h);
+      }
+      for (int64_t slot = first * k; slot < end * k; ++slot) {
+        if (m.topk_ids[slot] != e) continue;
+        const double w = static_cast<double>(m.topk_weights[slot]);
+        ++sums.tokens[expert];
+        sums.weight[expert] += w;
+        if (m.expert_outputs == nullptr && m.selected_outputs == nullptr) continue;
+        const float* row = m.expert_outputs != nullptr
+                               ? m.expert_outputs + (slot / k * experts + e) * h
+                               : m.selected_outputs + slot * h;
+        AccumulateWeighted(sums.selected.data() + e * h, sums.weighted.data() + e * h,
+                           sums.squared_weight.data() + e * h, w, row, h);
       }
     });
     first = end;

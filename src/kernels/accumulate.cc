@@ -1,0 +1,98 @@
+#include "kernels/accumulate.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/accumulate.cc"
+#include "hwy/foreach_target.h"  // before highway.h
+#include "kernels/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace winnow {
+namespace HWY_NAMESPACE {
+
+// Columns are taken in groups that stay in registers while all rows are added.
+void AccumulateRowsTarget(double* sums, const float* x, int64_t rows, int64_t ld, int64_t n) {
+  const DD dd;
+  const hn::Rebind<float, DD> d_half;
+  constexpr size_t kGroup = 4;
+  const auto size = static_cast<size_t>(n);
+  size_t i = 0;
+  for (; i + kGroup * kDoubleLanes <= size; i += kGroup * kDoubleLanes) {
+    auto s0 = hn::LoadU(dd, sums + i);
+    auto s1 = hn::LoadU(dd, sums + i + kDoubleLanes);
+    auto s2 = hn::LoadU(dd, sums + i + 2 * kDoubleLanes);
+    auto s3 = hn::LoadU(dd, sums + i + 3 * kDoubleLanes);
+    const float* row = x + i;
+    for (int64_t r = 0; r < rows; ++r, row += ld) {
+      s0 = hn::Add(s0, hn::PromoteTo(dd, hn::LoadU(d_half, row)));
+      s1 = hn::Add(s1, hn::PromoteTo(dd, hn::LoadU(d_half, row + kDoubleLanes)));
+      s2 = hn::Add(s2, hn::PromoteTo(dd, hn::LoadU(d_half, row + 2 * kDoubleLanes)));
+      s3 = hn::Add(s3, hn::PromoteTo(dd, hn::LoadU(d_half, row + 3 * kDoubleLanes)));
+    }
+    hn::StoreU(s0, dd, sums + i);
+    hn::StoreU(s1, dd, sums + i + kDoubleLanes);
+    hn::StoreU(s2, dd, sums + i + 2 * kDoubleLanes);
+    hn::StoreU(s3, dd, sums + i + 3 * kDoubleLanes);
+  }
+  for (; i < size; ++i) {
+    for (int64_t r = 0; r < rows; ++r)
+      sums[i] += static_cast<double>(x[r * ld + static_cast<int64_t>(i)]);
+  }
+}
+
+void AccumulateWeightedTarget(double* plain, double* weighted, double* squared, double weight,
+                              const float* x, int64_t n) {
+  const DD dd;
+  const hn::Rebind<float, DD> d_half;
+  const auto w = hn::Set(dd, weight);
+  const auto size = static_cast<size_t>(n);
+  size_t i = 0;
+  for (; i + kDoubleLanes <= size; i += kDoubleLanes) {
+    const auto f = hn::PromoteTo(dd, hn::LoadU(d_half, x + i));
+    const auto wf = hn::Mul(w, f);
+    hn::StoreU(hn::Add(hn::LoadU(dd, plain + i), f), dd, plain + i);
+    hn::StoreU(hn::Add(hn::LoadU(dd, weighted + i), wf), dd, weighted + i);
+    hn::StoreU(hn::Add(hn::LoadU(dd, squared + i), hn::Mul(w, wf)), dd, squared + i);
+  }
+  for (; i < size; ++i) {
+    const double f = static_cast<double>(x[i]);
+    plain[i] += f;
+    weighted[i] += weight * f;
+    squared[i] += weight * (weight * f);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace winnow
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace winnow {
+
+HWY_EXPORT(AccumulateRowsTarget);
+HWY_EXPORT(AccumulateWeightedTarget);
+
+void AccumulateRows(double* sums, const float* x, int64_t rows, int64_t ld, int64_t n) {
+  HWY_DYNAMIC_DISPATCH(AccumulateRowsTarget)(sums, x, rows, ld, n);
+}
+void AccumulateRowsReference(double* sums, const float* x, int64_t rows, int64_t ld, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(x[r * ld + i]);
+  }
+}
+
+void AccumulateWeighted(double* plain, double* weighted, double* squared, double weight,
+                        const float* x, int64_t n) {
+  HWY_DYNAMIC_DISPATCH(AccumulateWeightedTarget)(plain, weighted, squared, weight, x, n);
+}
+void AccumulateWeightedReference(double* plain, double* weighted, double* squared, double weight,
+                                 const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double f = static_cast<double>(x[i]);
+    plain[i] += f;
+    weighted[i] += weight * f;
+    squared[i] += weight * (weight * f);
+  }
+}
+
+}  // namespace winnow
+#endif  // HWY_ONCE

@@ -1,0 +1,40 @@
+// Sums of rows: equal to the reference bit for bit, because every element is added in the same
+// order.
+#include "kernels/accumulate.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "kernels/targets.h"
+
+namespace winnow {
+namespace {
+
+TEST(Accumulate, EqualsTheReferenceOnEveryInstructionSet) {
+  for (const std::string& isa : SupportedIsas()) {
+    SelectIsa(isa);
+    for (const int64_t n : {1, 3, 7, 16, 17, 64, 100}) {
+      for (const int64_t rows : {0, 1, 5, 33}) {
+        const int64_t ld = n + 3;
+        std::vector<float> x(static_cast<size_t>(rows * ld + n));
+        for (size_t i = 0; i < x.size(); ++i) {
+          x[i] = static_cast<float>((i * 2654435761u) % 1000) * 0.37f - 100.0f;
+        }
+        std::vector<double> got(static_cast<size_t>(n), 0.25), want = got;
+        AccumulateRows(got.data(), x.data(), rows, ld, n);
+        AccumulateRowsReference(want.data(), x.data(), rows, ld, n);
+        EXPECT_EQ(got, want) << isa << " n " << n << " rows " << rows;
+        std::vector<double> a(got), b(got), c(got), ra(got), rb(got), rc(got);
+        AccumulateWeighted(a.data(), b.data(), c.data(), 0.3, x.data(), n);
+        AccumulateWeightedReference(ra.data(), rb.data(), rc.data(), 0.3, x.data(), n);
+        EXPECT_EQ(a, ra);
+        EXPECT_EQ(b, rb);
+        EXPECT_EQ(c, rc);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace winnow
