@@ -39,8 +39,7 @@ size_t SpaceEnd(std::string_view text) {
 }
 
 bool IsSingleWord(std::string_view text, Span match) {
-  const bool joined_left =
-      match.begin > 0 && IsWordCharacter(CharBefore(text, match.begin).code);
+  const bool joined_left = match.begin > 0 && IsWordCharacter(CharBefore(text, match.begin).code);
   const bool joined_right =
       match.end < text.size() && IsWordCharacter(CharAt(text, match.end).code);
   return !joined_left && !joined_right;
@@ -121,8 +120,8 @@ AddedToken AddedTokens::Parse(const Json& json, const std::string& where) {
   token.normalized = fields.Bool("normalized");
   token.special = fields.Bool("special");
   if (token.content.size() > kMaxContentBytes) {
-    fields.Fail(fmt::format("content of {} bytes, more than {}", token.content.size(),
-                            kMaxContentBytes));
+    fields.Fail(
+        fmt::format("content of {} bytes, more than {}", token.content.size(), kMaxContentBytes));
   }
   return token;
 }
@@ -143,8 +142,8 @@ AddedTokens::AddedTokens(const Json& json, const TokenTable& vocab, const Normal
     AddedToken token = Parse(entry, place);
     if (token.content.empty()) continue;  // as in the library
     const auto fail = [&](const std::string& problem) {
-      throw ModelError(fmt::format("{}: \"{}\" has id {}, {}", place,
-                                   token.content.substr(0, 100), token.id, problem));
+      throw ModelError(fmt::format("{}: \"{}\" has id {}, {}", place, token.content.substr(0, 100),
+                                   token.id, problem));
     };
     total_bytes += token.content.size();
     if (total_bytes > kMaxTotalBytes) fail("and the added tokens are too long together");
@@ -162,26 +161,29 @@ AddedTokens::AddedTokens(const Json& json, const TokenTable& vocab, const Normal
     by_id_.emplace(token.id, std::move(token));
   }
   special.insert(special.end(), others.begin(), others.end());
-  raw_ = MakeSet(false, special, normalizer, where);
-  normalized_ = MakeSet(true, special, normalizer, where);
-}
-
-AddedTokens::Set AddedTokens::MakeSet(bool normalized, const std::vector<int32_t>& order,
-                                      const Normalizer& normalizer,
-                                      const std::string& where) const {
-  Set set;
-  std::vector<std::string> patterns;
   RegexScratch scratch;
-  for (const int32_t id : order) {
-    const AddedToken& token = by_id_.at(id);
-    if (token.normalized != normalized) continue;
+  for (auto& [id, token] : by_id_) {
     Text text{token.content};
-    if (normalized) normalizer.Apply(text, scratch);
+    if (token.normalized) normalizer.Apply(text, scratch);
     if (text.bytes.empty()) {
       throw ModelError(fmt::format("{}: the normalizer leaves nothing of \"{}\"", where,
                                    token.content.substr(0, 100)));
     }
-    patterns.push_back(std::move(text.bytes));
+    token.text = std::move(text.bytes);
+    const auto same_content = ids_.find(token.text);
+    token.is_skipped = same_content != ids_.end() && by_id_.at(same_content->second).special;
+  }
+  raw_ = MakeSet(false, special);
+  normalized_ = MakeSet(true, special);
+}
+
+AddedTokens::Set AddedTokens::MakeSet(bool normalized, const std::vector<int32_t>& order) const {
+  Set set;
+  std::vector<std::string> patterns;
+  for (const int32_t id : order) {
+    const AddedToken& token = by_id_.at(id);
+    if (token.normalized != normalized) continue;
+    patterns.push_back(token.text);
     set.tokens.push_back(&token);
   }
   set.trie = TokenTrie(std::move(patterns));
@@ -206,6 +208,8 @@ void AddedTokens::Cut(std::string_view text, bool normalized,
     if (token.single_word && !IsSingleWord(text, match)) continue;
     if (token.lstrip) match.begin = std::max(SpaceStart(text.substr(0, match.begin)), done);
     if (token.rstrip) match.end += SpaceEnd(text.substr(match.end));
+    // Spaces that the last token swallowed with rstrip leave nothing of this one.
+    if (token.lstrip && match.begin >= match.end) continue;
     if (done < match.begin) part({done, match.begin}, TokenTable::kNone);
     part(match, token.id);
     done = match.end;

@@ -25,6 +25,11 @@ struct AddedToken {
   bool rstrip = false;
   bool normalized = true;
   bool special = false;
+  // What decoding gives: the content, or what the normalizer makes of it if `normalized`.
+  std::string text;
+  // Whether decoding may skip it: the library looks the text up among the contents of the special
+  // tokens, so a special token that its normalizer changes is not skipped.
+  bool is_skipped = false;
 };
 
 // Leftmost-longest search for many strings at once.
@@ -51,7 +56,7 @@ class TokenTrie {
 
   std::vector<std::string> patterns_;
   std::vector<Node> nodes_;
-  std::vector<Edge> edges_;  // a node's edges are together, by byte
+  std::vector<Edge> edges_;            // a node's edges are together, by byte
   std::array<uint32_t, 256> first_{};  // node after the first byte; 0: no pattern starts so
 };
 
@@ -79,8 +84,7 @@ class AddedTokens {
     std::vector<const AddedToken*> tokens;  // by pattern
   };
   static AddedToken Parse(const Json& json, const std::string& where);
-  Set MakeSet(bool normalized, const std::vector<int32_t>& order, const Normalizer& normalizer,
-              const std::string& where) const;
+  Set MakeSet(bool normalized, const std::vector<int32_t>& order) const;
 
   std::map<int32_t, AddedToken> by_id_;
   std::map<std::string, int32_t, std::less<>> ids_;

@@ -27,11 +27,13 @@ size_t JoinedBit(char32_t left, char32_t right) {
 }  // namespace
 
 MergeTable::MergeTable(size_t num_merges)
-    : slots_(std::bit_ceil(num_merges * 2 + 1), Slot{kNoPair, kNone}) {}
+    : slots_(std::bit_ceil(num_merges * 2 + 2), Slot{kNoPair, kNone}),
+      shift_(64 - std::countr_zero(slots_.size())) {}
 
 size_t MergeTable::SlotOf(uint64_t pair) const {
   const size_t mask = slots_.size() - 1;
-  size_t slot = MixHash(pair) & mask;
+  // Ids are small numbers: folding the halves loses nothing before the multiplication.
+  size_t slot = (pair ^ pair >> 23) * 0x9E3779B97F4A7C15u >> shift_;
   while (slots_[slot].pair != pair && slots_[slot].pair != kNoPair) slot = (slot + 1) & mask;
   return slot;
 }
@@ -46,8 +48,8 @@ uint32_t MergeTable::Rank(int32_t left, int32_t right) const {
 }
 
 Bpe::Bpe(TokenizerFile& file, const std::string& where) {
-  const Json* model = file.rest.is_object() && file.rest.contains("model") ? &file.rest["model"]
-                                                                           : nullptr;
+  const Json* model =
+      file.rest.is_object() && file.rest.contains("model") ? &file.rest["model"] : nullptr;
   if (model == nullptr || model->is_null()) {
     throw ModelError(fmt::format("{}: there is no model", where));
   }
@@ -83,9 +85,16 @@ void Bpe::ReadOptions(const Json& model, const std::string& where) {
                 "only byte-pair encoding (BPE) is");
   }
   for (const auto& [name, value] : model.items()) {
-    static constexpr std::string_view kKnown[] = {
-        "type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-        "fuse_unk", "byte_fallback", "ignore_merges", "vocab", "merges"};
+    static constexpr std::string_view kKnown[] = {"type",
+                                                  "dropout",
+                                                  "unk_token",
+                                                  "continuing_subword_prefix",
+                                                  "end_of_word_suffix",
+                                                  "fuse_unk",
+                                                  "byte_fallback",
+                                                  "ignore_merges",
+                                                  "vocab",
+                                                  "merges"};
     bool known = false;
     for (const std::string_view field : kKnown) known = known || field == name;
     if (!known) fields.Fail(fmt::format("unknown field \"{}\"", name.substr(0, 60)));
@@ -185,8 +194,7 @@ void Bpe::Encode(std::string_view piece, WordCache& cache, BpeScratch& scratch,
   Char left = CharAt(piece, 0);
   for (size_t i = left.bytes; i < piece.size(); i += left.bytes) {
     const Char c = CharAt(piece, i);
-    if (CanCut(left.code, c.code) && is_known(i - left.bytes, left.bytes) &&
-        is_known(i, c.bytes)) {
+    if (CanCut(left.code, c.code) && is_known(i - left.bytes, left.bytes) && is_known(i, c.bytes)) {
       encode_until(i);
     }
     left = c;
@@ -239,9 +247,10 @@ void Bpe::Symbols(std::string_view chunk, BpeScratch& scratch) const {
     if (byte_fallback_ && ByteFallback(character, scratch.ids)) continue;
     if (!unk_token_) continue;
     if (unk_id_ == TokenTable::kNone) {
-      throw ModelError(fmt::format("the tokenizer's unk_token \"{}\" is not in its vocabulary, and "
-                                   "the text has a character that is not either",
-                                   unk_token_->substr(0, 100)));
+      throw ModelError(
+          fmt::format("the tokenizer's unk_token \"{}\" is not in its vocabulary, and "
+                      "the text has a character that is not either",
+                      unk_token_->substr(0, 100)));
     }
     if (!fuse_unk_) flush_unk();
     pending_unk = true;

@@ -36,6 +36,7 @@ class MergeTable {
   size_t SlotOf(uint64_t pair) const;
 
   std::vector<Slot> slots_;
+  int shift_;  // 64 - log2 of the number of slots
 };
 
 // Working memory of one encoding thread.
@@ -78,10 +79,10 @@ class Bpe {
 
   TokenTable vocab_;
   MergeTable merges_;
-  std::vector<int32_t> merged_ids_;          // by rank
+  std::vector<int32_t> merged_ids_;             // by rank
   std::array<int32_t, 0x800> character_ids_{};  // of characters of up to two bytes
-  std::array<int32_t, 256> byte_ids_{};      // of <0xNN>
-  std::vector<uint64_t> joined_characters_;  // bits: pairs (by hash) some merge joins
+  std::array<int32_t, 256> byte_ids_{};         // of <0xNN>
+  std::vector<uint64_t> joined_characters_;     // bits: pairs (by hash) some merge joins
   std::optional<std::string> unk_token_;
   int32_t unk_id_ = TokenTable::kNone;
   std::string continuing_subword_prefix_;

@@ -34,7 +34,9 @@ constexpr Alphabet kAlphabet = MakeAlphabet();
 
 }  // namespace
 
-char32_t ByteLevelCharacter(uint8_t byte) { return kAlphabet.character[byte]; }
+char32_t ByteLevelCharacter(uint8_t byte) {
+  return kAlphabet.character[byte];
+}
 
 std::optional<uint8_t> ByteLevelByte(char32_t character) {
   if (character >= kAlphabet.byte.size() || kAlphabet.byte[character] < 0) return std::nullopt;

@@ -24,25 +24,50 @@ constexpr std::string_view kSpace =
     "\\x{205f}\\x{3000}";
 
 constexpr std::array<std::pair<std::string_view, std::string_view>, 35> kLongNames = {{
-    {"letter", "L"}, {"uppercaseletter", "Lu"}, {"lowercaseletter", "Ll"},
-    {"titlecaseletter", "Lt"}, {"modifierletter", "Lm"}, {"otherletter", "Lo"},
-    {"mark", "M"}, {"nonspacingmark", "Mn"}, {"spacingmark", "Mc"}, {"enclosingmark", "Me"},
-    {"number", "N"}, {"decimalnumber", "Nd"}, {"letternumber", "Nl"}, {"othernumber", "No"},
-    {"punctuation", "P"}, {"connectorpunctuation", "Pc"}, {"dashpunctuation", "Pd"},
-    {"openpunctuation", "Ps"}, {"closepunctuation", "Pe"}, {"initialpunctuation", "Pi"},
-    {"finalpunctuation", "Pf"}, {"otherpunctuation", "Po"}, {"symbol", "S"},
-    {"mathsymbol", "Sm"}, {"currencysymbol", "Sc"}, {"modifiersymbol", "Sk"},
-    {"othersymbol", "So"}, {"separator", "Z"}, {"spaceseparator", "Zs"},
-    {"lineseparator", "Zl"}, {"paragraphseparator", "Zp"}, {"control", "Cc"}, {"format", "Cf"},
-    {"privateuse", "Co"}, {"digit", "Nd"},
+    {"letter", "L"},
+    {"uppercaseletter", "Lu"},
+    {"lowercaseletter", "Ll"},
+    {"titlecaseletter", "Lt"},
+    {"modifierletter", "Lm"},
+    {"otherletter", "Lo"},
+    {"mark", "M"},
+    {"nonspacingmark", "Mn"},
+    {"spacingmark", "Mc"},
+    {"enclosingmark", "Me"},
+    {"number", "N"},
+    {"decimalnumber", "Nd"},
+    {"letternumber", "Nl"},
+    {"othernumber", "No"},
+    {"punctuation", "P"},
+    {"connectorpunctuation", "Pc"},
+    {"dashpunctuation", "Pd"},
+    {"openpunctuation", "Ps"},
+    {"closepunctuation", "Pe"},
+    {"initialpunctuation", "Pi"},
+    {"finalpunctuation", "Pf"},
+    {"otherpunctuation", "Po"},
+    {"symbol", "S"},
+    {"mathsymbol", "Sm"},
+    {"currencysymbol", "Sc"},
+    {"modifiersymbol", "Sk"},
+    {"othersymbol", "So"},
+    {"separator", "Z"},
+    {"spaceseparator", "Zs"},
+    {"lineseparator", "Zl"},
+    {"paragraphseparator", "Zp"},
+    {"control", "Cc"},
+    {"format", "Cf"},
+    {"privateuse", "Co"},
+    {"digit", "Nd"},
 }};
 // Categories whose set only grew between the two Unicode versions. Cn and C shrank: not here.
-constexpr std::string_view kCategories[] = {
-    "L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc", "Me", "N",  "Nd", "Nl", "No", "P",  "Pc",
-    "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk", "So", "Z",  "Zs", "Zl", "Zp", "Cc",
-    "Cf", "Co"};
-constexpr std::string_view kScripts[] = {"Han",   "Hiragana", "Katakana", "Hangul", "Latin", "Greek",
-                                         "Cyrillic", "Arabic", "Hebrew", "Thai", "Devanagari"};
+constexpr std::string_view kCategories[] = {"L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc",
+                                            "Me", "N",  "Nd", "Nl", "No", "P",  "Pc", "Pd", "Ps",
+                                            "Pe", "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk", "So",
+                                            "Z",  "Zs", "Zl", "Zp", "Cc", "Cf", "Co"};
+constexpr std::string_view kScripts[] = {"Han",    "Hiragana", "Katakana",  "Hangul",
+                                         "Latin",  "Greek",    "Cyrillic",  "Arabic",
+                                         "Hebrew", "Thai",     "Devanagari"};
 
 std::string Lower(std::string_view name) {
   std::string lower;
@@ -76,7 +101,7 @@ std::string PcreRange(char32_t first, char32_t last) {
   return first == last ? PcreCode(first) : PcreCode(first) + "-" + PcreCode(last);
 }
 
-std::string PcreShorthand(char letter) {
+std::string PcreShorthand(char letter, bool in_bracket) {
   switch (letter) {
     case 's':
       return std::string(kSpace);
@@ -84,10 +109,10 @@ std::string PcreShorthand(char letter) {
       return Category("Nd");
     case 'h':
       return "0-9A-Fa-f";
-    default:  // \w: alphabetic, marks, decimal digits, connectors; and six below U+0100 by accident
+    default:  // \w: alphabetic, marks, decimal digits, connectors
       return Category("L") + Category("M") + Category("Nd") + Category("Nl") + Category("Pc") +
-             "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}"
-             "\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}";
+             "\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}" +
+             (in_bracket ? "" : "\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}");
   }
 }
 
@@ -117,6 +142,7 @@ std::optional<std::string> PcrePosix(std::string_view name) {
   if (name == "digit") return Category("Nd");
   if (name == "punct") return Category("P") + Category("S");
   if (name == "cntrl") return Category("Cc");
+  if (name == "word") return PcreShorthand('w', true);
   if (name == "xdigit") return "0-9A-Fa-f";
   return std::nullopt;
 }

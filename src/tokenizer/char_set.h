@@ -11,8 +11,8 @@ namespace winnow::tok {
 std::string PcreCode(char32_t code);
 std::string PcreRange(char32_t first, char32_t last);
 
-// \s \d \w \h by their letter.
-std::string PcreShorthand(char letter);
+// \s \d \w \h by their letter. Outside brackets \w has six more characters below U+0100.
+std::string PcreShorthand(char letter, bool in_bracket);
 // \p{name}: general categories (short or long names), some scripts, a few POSIX names. Nothing if
 // unknown here.
 std::optional<std::string> PcreProperty(std::string_view name);

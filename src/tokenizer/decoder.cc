@@ -18,7 +18,9 @@ namespace {
 constexpr size_t kMaxSteps = 64;
 
 // Replace steps that double a token again and again must not fill the memory.
-size_t LargestSize(size_t bytes) { return (size_t{1} << 20) + 64 * bytes; }
+size_t LargestSize(size_t bytes) {
+  return (size_t{1} << 20) + 64 * bytes;
+}
 
 // <0xNN> in either case; Rust's number parser takes a plus sign too.
 std::optional<char> ByteToken(std::string_view token) {
@@ -92,14 +94,19 @@ DecodeRun::DecodeRun(const Decoder& decoder, bool streaming)
     : decoder_(decoder), streaming_(streaming), states_(decoder.steps_.size() + 1) {
   for (size_t i = 0; i + 1 < states_.size(); ++i) {
     const Decoder::Kind kind = decoder.steps_[i].kind;
-    states_[i + 1].is_fused = states_[i].is_fused || kind == Decoder::Kind::kFuse ||
-                              kind == Decoder::Kind::kByteLevel;
+    states_[i + 1].is_fused =
+        states_[i].is_fused || kind == Decoder::Kind::kFuse || kind == Decoder::Kind::kByteLevel;
   }
 }
 
-void DecodeRun::Put(std::string_view token, std::string& out) { Feed(0, token, out); }
+void DecodeRun::Put(std::string_view token, std::string& out) {
+  input_bytes_ += token.size();
+  Feed(0, token, out);
+}
 
-void DecodeRun::Finish(std::string& out) { End(0, out); }
+void DecodeRun::Finish(std::string& out) {
+  End(0, out);
+}
 
 void DecodeRun::Feed(size_t index, std::string_view token, std::string& out) {
   State& state = states_[index];
@@ -290,14 +297,15 @@ std::string DecodeRun::Replace(size_t index, std::string_view token) {
   const Decoder::Step& step = decoder_.steps_[index];
   std::string result;
   size_t previous = 0;
-  const size_t limit = LargestSize(token.size());
+  // Of the whole input: steps in a row that each double a token stay within it too.
+  const size_t limit = LargestSize(input_bytes_);
   step.matcher.ForEach(token, scratch_, [&](Span match) {
     result.append(token.substr(previous, match.begin - previous));
     result.append(step.text);
     previous = match.end;
     if (result.size() > limit) {
-      throw ModelError(fmt::format("the tokenizer's decoder makes more than {} bytes of a token",
-                                   limit));
+      throw ModelError(
+          fmt::format("the tokenizer's decoder makes more than {} bytes of the tokens", limit));
     }
   });
   result.append(token.substr(previous));

@@ -26,9 +26,9 @@ class Decoder {
   enum class Kind { kByteLevel, kByteFallback, kFuse, kStrip, kReplace, kMetaspace, kBpe };
   struct Step {
     Kind kind;
-    std::string text;     // Strip: character; Replace: new text; Metaspace: mark; BPEDecoder: suffix
-    Matcher matcher;      // Replace
-    size_t start = 0;     // Strip
+    std::string text;  // Strip: character; Replace: new text; Metaspace: mark; BPEDecoder: suffix
+    Matcher matcher;   // Replace
+    size_t start = 0;  // Strip
     size_t stop = 0;
     bool drops_first = false;  // Metaspace: the marks of the first token
   };
@@ -58,8 +58,8 @@ class DecodeRun {
     bool is_fused = false;  // what comes in is parts of one token, not tokens
     bool is_first = true;
     std::string pending;
-    size_t stripped = 0;    // Strip on a fused token: characters dropped so far
-    bool strips = true;     // and whether more may be
+    size_t stripped = 0;  // Strip on a fused token: characters dropped so far
+    bool strips = true;   // and whether more may be
   };
 
   // What step `index` does with a token, or with the next part of the one fused token.
@@ -72,12 +72,14 @@ class DecodeRun {
   void FeedStrip(size_t index, std::string_view part, std::string& out);
   std::string Strip(size_t index, std::string_view token) const;
   std::string Replace(size_t index, std::string_view token);
-  std::string ReplaceAll(std::string_view token, const std::string& from, std::string_view to) const;
+  std::string ReplaceAll(std::string_view token, const std::string& from,
+                         std::string_view to) const;
 
   const Decoder& decoder_;
   bool streaming_;
   std::vector<State> states_;  // one per step, and one for the joining at the end
   RegexScratch scratch_;
+  size_t input_bytes_ = 0;  // of all tokens so far
 };
 
 }  // namespace winnow::tok

@@ -13,7 +13,9 @@
 namespace winnow::tok {
 namespace {
 
-int WordClass(char32_t code) { return IsSpace(code) ? 0 : IsWordCharacter(code) ? 1 : 2; }
+int WordClass(char32_t code) {
+  return IsSpace(code) ? 0 : IsWordCharacter(code) ? 1 : 2;
+}
 
 struct Item {
   Span span;
@@ -83,8 +85,8 @@ void Matcher::ForEach(std::string_view text, RegexScratch& scratch,
     case Kind::kText:
       while (position < text.size()) {
         // memmem is linear in the worst case, std::string_view::find is not.
-        const void* at = memmem(text.data() + position, text.size() - position, text_.data(),
-                                text_.size());
+        const void* at =
+            memmem(text.data() + position, text.size() - position, text_.data(), text_.size());
         if (at == nullptr) return;
         const auto begin = static_cast<size_t>(static_cast<const char*>(at) - text.data());
         position = begin + text_.size();

@@ -29,8 +29,7 @@ class Matcher {
 
   // Calls `found` for each match from left to right, as the onig crate's find_iter: an empty match
   // right behind the last one is passed over.
-  void ForEach(std::string_view text, RegexScratch& scratch,
-               FunctionRef<void(Span)> found) const;
+  void ForEach(std::string_view text, RegexScratch& scratch, FunctionRef<void(Span)> found) const;
 
  private:
   enum class Kind { kRegex, kText, kSet, kWordRuns };

@@ -18,12 +18,14 @@ namespace {
 constexpr size_t kMaxSteps = 64;
 
 // NFKC makes at most 11 bytes of one; Replace and Prepend add a few.
-size_t LargestSize(size_t bytes) { return (size_t{1} << 20) + 64 * bytes; }
+size_t LargestSize(size_t bytes) {
+  return (size_t{1} << 20) + 64 * bytes;
+}
 
 void RequireReasonable(size_t bytes, size_t limit) {
   if (bytes <= limit) return;
-  throw ModelError(fmt::format("the tokenizer's normalizer makes more than {} bytes of a text",
-                               limit));
+  throw ModelError(
+      fmt::format("the tokenizer's normalizer makes more than {} bytes of a text", limit));
 }
 
 // For a transformation that treats characters one by one (`compose` joins the first with its
@@ -143,9 +145,8 @@ void Normalizer::Add(const Json& json, const std::string& where) {
       });
     });
   } else if (type == "Prepend") {
-    steps_.push_back([prefix = fields.String("prepend")](Text& text, RegexScratch&) {
-      Prepend(text, prefix);
-    });
+    steps_.push_back(
+        [prefix = fields.String("prepend")](Text& text, RegexScratch&) { Prepend(text, prefix); });
   } else if (type == "Replace") {
     steps_.push_back([matcher = Matcher::FromJson(fields.Get("pattern"), where + ".pattern"),
                       content = fields.String("content")](Text& text, RegexScratch& scratch) {

@@ -59,9 +59,10 @@ class Translator {
     return c.code;
   }
   [[noreturn]] void Fail(const std::string& problem) const {
-    throw ModelError(fmt::format("{}: pattern \"{}\": at byte {}: {}", where_, text_.substr(0, 300),
-                                 position_, problem),
-                     "only the part of Oniguruma's syntax that can be matched exactly is supported");
+    throw ModelError(
+        fmt::format("{}: pattern \"{}\": at byte {}: {}", where_, text_.substr(0, 300), position_,
+                    problem),
+        "only the part of Oniguruma's syntax that can be matched exactly is supported");
   }
 
   std::string Alternatives(Options options, bool outermost) {
@@ -249,7 +250,7 @@ class Translator {
 
   Atom Escape(Options options) {
     const auto anchor = [](const std::string& pcre) { return Atom{pcre, false, false}; };
-    const std::string word = "[" + PcreShorthand('w') + "]";
+    const std::string word = "[" + PcreShorthand('w', false) + "]";
     switch (Peek(1)) {
       case 'A':
         position_ += 2;
@@ -274,19 +275,19 @@ class Translator {
     }
     bool negated = false;
     std::string set;
-    if (SetEscape(set, negated)) return Atom{(negated ? "[^" : "[") + set + "]", true};
+    if (SetEscape(set, negated, false)) return Atom{(negated ? "[^" : "[") + set + "]", true};
     ++position_;
     return Literal(CharacterEscape(), options);
   }
 
   // \s \S \d \D \w \W \h \H \p{..} \P{..} \p{^..}: the inside of a bracket.
-  bool SetEscape(std::string& set, bool& negated) {
+  bool SetEscape(std::string& set, bool& negated, bool in_bracket) {
     const char letter = Peek(1);
     const char lower = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
     if (lower == 's' || lower == 'd' || lower == 'w' || lower == 'h') {
       position_ += 2;
       negated = letter != lower;
-      set = PcreShorthand(lower);
+      set = PcreShorthand(lower, in_bracket);
       return true;
     }
     if (lower != 'p') return false;
@@ -344,7 +345,8 @@ class Translator {
   char32_t Hex(int min_digits, int max_digits) {
     uint64_t value = 0;
     int digits = 0;
-    for (; digits < max_digits && std::isxdigit(static_cast<unsigned char>(Peek())) != 0; ++digits) {
+    for (; digits < max_digits && std::isxdigit(static_cast<unsigned char>(Peek())) != 0;
+         ++digits) {
       const char c = text_[position_++];
       value = value * 16 + static_cast<uint64_t>(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
     }
@@ -366,7 +368,7 @@ class Translator {
       std::string set;
       if (Peek() == '[') {
         set = PosixClass(complement);
-      } else if (Peek() == '\\' && SetEscape(set, complement)) {
+      } else if (Peek() == '\\' && SetEscape(set, complement, true)) {
         if (options.ignore_case) set += FoldedProperty();
       }
       if (set.empty()) {
@@ -483,7 +485,8 @@ class Translator {
     const std::string_view high = comma ? digits() : std::string_view();
     if ((low.empty() && high.empty()) || at == text_.size() || text_[at] != '}') return false;
     if (low.size() > 5 || high.size() > 5) Fail("repeat count too large");
-    if (!low.empty() && !high.empty() && std::stoi(std::string(high)) < std::stoi(std::string(low))) {
+    if (!low.empty() && !high.empty() &&
+        std::stoi(std::string(high)) < std::stoi(std::string(low))) {
       Fail("{n,m} with n greater than m");
     }
     position_ = at + 1;

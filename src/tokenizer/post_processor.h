@@ -14,8 +14,8 @@ struct PostProcessor {
   std::vector<int32_t> prefix;
   std::vector<int32_t> suffix;
 
-  // TemplateProcessing, BertProcessing, RobertaProcessing, ByteLevel (which only moves offsets), and
-  // a Sequence with at most one of those that add tokens. Throws ModelError naming `where` for
+  // TemplateProcessing, BertProcessing, RobertaProcessing, ByteLevel (which only moves offsets),
+  // and a Sequence with at most one of those that add tokens. Throws ModelError naming `where` for
   // anything else and for an id that `has_id` does not know.
   static PostProcessor FromJson(const Json& json, const std::function<bool(int32_t)>& has_id,
                                 const std::string& where);

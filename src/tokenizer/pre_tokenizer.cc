@@ -17,12 +17,13 @@ constexpr size_t kMaxStages = 64;
 // Each of these can double the text.
 constexpr size_t kMaxRewritingStages = 8;
 
-Piece Slice(Piece piece, Span span) {
-  return {piece.text.substr(span.begin, span.end - span.begin),
-          piece.origin_bytes > span.begin ? piece.origin_bytes - span.begin : 0};
-}
-
 }  // namespace
+
+Piece CutPiece(Piece piece, Span span) {
+  const size_t bytes = span.end - span.begin;
+  const size_t origin = piece.origin_bytes - std::min(piece.origin_bytes, span.begin);
+  return {piece.text.substr(span.begin, bytes), std::min(origin, bytes)};
+}
 
 MetaspaceOptions ParseMetaspace(const Json& json, const std::string& where) {
   const Fields fields(json, where);
@@ -116,7 +117,7 @@ void PreTokenizer::RunStage(size_t index, Piece piece, RegexScratch& scratch,
   switch (stage.kind) {
     case StageKind::kSplit:
       Split(piece.text, stage.matcher, stage.behavior, stage.invert, scratch,
-            [&](Span span) { emit(Slice(piece, span)); });
+            [&](Span span) { emit(CutPiece(piece, span)); });
       return;
     case StageKind::kPrefixSpace: {
       if (piece.text.starts_with(' ')) return emit(piece);

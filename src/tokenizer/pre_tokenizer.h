@@ -18,6 +18,8 @@ struct Piece {
   std::string_view text;
   size_t origin_bytes = 0;  // as in Text (normalizer.h)
 };
+// The part of a piece.
+Piece CutPiece(Piece piece, Span span);
 
 // How Metaspace puts its mark before a text: always, only at the start of the input, never.
 enum class PrependScheme { kFirst, kAlways, kNever };

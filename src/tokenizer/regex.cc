@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <new>
 
 #define PCRE2_CODE_UNIT_WIDTH 8
@@ -17,9 +18,16 @@ constexpr size_t kFirstStackBytes = size_t{32} << 10;
 constexpr size_t kLastStackBytes = size_t{4} << 20;
 // For the interpreter, which takes over where the compiled code's stack does not suffice.
 constexpr uint32_t kHeapLimitKib = 512 << 10;
-// Backtracking steps allowed from one start. A pattern that needs more is not one that a tokenizer
-// was trained with; Oniguruma gives up after 10 million too.
+// Backtracking steps allowed from one start: a few per byte are normal (`\s*[\r\n]+` on a long run
+// of spaces), more than that means a pattern whose time explodes, which no tokenizer was trained
+// with. Oniguruma gives up after 10 million.
 constexpr uint32_t kMatchLimit = 10'000'000;
+constexpr size_t kMatchLimitPerByte = 16;
+
+uint32_t MatchLimit(size_t text_bytes) {
+  constexpr size_t kLargest = (UINT32_MAX - kMatchLimit) / kMatchLimitPerByte;
+  return kMatchLimit + static_cast<uint32_t>(kMatchLimitPerByte * std::min(text_bytes, kLargest));
+}
 
 template <auto kFree>
 struct Free {
@@ -31,7 +39,8 @@ struct Free {
 
 std::string ErrorText(int code) {
   PCRE2_UCHAR buffer[256];
-  if (pcre2_get_error_message(code, buffer, sizeof buffer) < 0) return fmt::format("error {}", code);
+  if (pcre2_get_error_message(code, buffer, sizeof buffer) < 0)
+    return fmt::format("error {}", code);
   return std::string(reinterpret_cast<const char*>(buffer));
 }
 
@@ -41,6 +50,7 @@ struct RegexScratch::State {
   std::unique_ptr<pcre2_match_data, Free<pcre2_match_data_free>> match_data;
   std::unique_ptr<pcre2_match_context, Free<pcre2_match_context_free>> context;
   std::unique_ptr<pcre2_jit_stack, Free<pcre2_jit_stack_free>> stack;
+  size_t text_bytes = 0;  // that the match limit is set for
 };
 
 RegexScratch::RegexScratch() : state_(std::make_unique<State>()) {
@@ -48,7 +58,7 @@ RegexScratch::RegexScratch() : state_(std::make_unique<State>()) {
   state_->context.reset(pcre2_match_context_create(nullptr));
   state_->stack.reset(pcre2_jit_stack_create(kFirstStackBytes, kLastStackBytes, nullptr));
   if (!state_->match_data || !state_->context) throw std::bad_alloc();
-  pcre2_set_match_limit(state_->context.get(), kMatchLimit);
+  pcre2_set_match_limit(state_->context.get(), MatchLimit(0));
   pcre2_set_heap_limit(state_->context.get(), kHeapLimitKib);
   if (state_->stack) {
     pcre2_jit_stack_assign(state_->context.get(), nullptr, state_->stack.get());
@@ -72,8 +82,7 @@ Regex::Regex(std::string_view oniguruma_pattern, const std::string& where) {
   int error = 0;
   size_t offset = 0;
   auto code = std::make_shared<Code>();
-  code->description =
-      fmt::format("{}: pattern \"{}\"", where, oniguruma_pattern.substr(0, 300));
+  code->description = fmt::format("{}: pattern \"{}\"", where, oniguruma_pattern.substr(0, 300));
   code->code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
                                  PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK, &error, &offset,
                                  context.get()));
@@ -87,15 +96,19 @@ Regex::Regex(std::string_view oniguruma_pattern, const std::string& where) {
 bool Regex::Search(std::string_view text, size_t from, RegexScratch& scratch, Span* match) const {
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   RegexScratch::State& state = *scratch.state_;
+  if (text.size() > state.text_bytes) {
+    pcre2_set_match_limit(state.context.get(), MatchLimit(text.size()));
+    state.text_bytes = text.size();
+  }
   int result = PCRE2_ERROR_JIT_STACKLIMIT;
   if (code_->is_compiled) {
     result = pcre2_jit_match(code_->code.get(), subject, text.size(), from, 0,
                              state.match_data.get(), state.context.get());
   }
   if (result == PCRE2_ERROR_JIT_STACKLIMIT) {
-    result = pcre2_match(code_->code.get(), subject, text.size(), from,
-                         PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, state.match_data.get(),
-                         state.context.get());
+    result =
+        pcre2_match(code_->code.get(), subject, text.size(), from,
+                    PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, state.match_data.get(), state.context.get());
   }
   if (result == PCRE2_ERROR_NOMATCH) return false;
   if (result < 0) {

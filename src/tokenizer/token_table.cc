@@ -28,22 +28,26 @@ TokenTable::TokenTable(std::string arena, std::vector<Entry> entries, const std:
   const size_t mask = slots_.size() - 1;
   for (size_t i = 0; i < entries_.size(); ++i) {
     const std::string_view token = TextOf(entries_[i]);
-    size_t slot = HashBytes(token) & mask;
-    for (; slots_[slot] != 0; slot = (slot + 1) & mask) {
-      if (TextOf(entries_[slots_[slot] - 1]) == token) {
+    const uint64_t hash = HashBytes(token);
+    const auto high = static_cast<uint32_t>(hash >> 32);
+    size_t slot = hash & mask;
+    for (; slots_[slot].entry != 0; slot = (slot + 1) & mask) {
+      if (slots_[slot].hash == high && TextOf(entries_[slots_[slot].entry - 1]) == token) {
         throw ModelError(
             fmt::format("{}: token \"{}\" appears twice", where, token.substr(0, 100)));
       }
     }
-    slots_[slot] = static_cast<uint32_t>(i + 1);
+    slots_[slot] = {static_cast<uint32_t>(i + 1), high};
   }
 }
 
 int32_t TokenTable::Find(std::string_view token) const {
   if (slots_.empty()) return kNone;
   const size_t mask = slots_.size() - 1;
-  for (size_t slot = HashBytes(token) & mask; slots_[slot] != 0; slot = (slot + 1) & mask) {
-    const Entry& entry = entries_[slots_[slot] - 1];
+  const uint64_t hash = HashBytes(token);
+  for (size_t slot = hash & mask; slots_[slot].entry != 0; slot = (slot + 1) & mask) {
+    if (slots_[slot].hash != static_cast<uint32_t>(hash >> 32)) continue;
+    const Entry& entry = entries_[slots_[slot].entry - 1];
     if (TextOf(entry) == token) return entry.id;
   }
   return kNone;
@@ -58,8 +62,9 @@ const TokenTable::Entry* TokenTable::EntryOf(int32_t id) const {
   // Ids are nearly always 0 .. n-1.
   const auto index = static_cast<size_t>(static_cast<uint32_t>(id));
   if (index < entries_.size() && entries_[index].id == id) return &entries_[index];
-  const auto found = std::lower_bound(entries_.begin(), entries_.end(), id,
-                                      [](const Entry& entry, int32_t wanted) { return entry.id < wanted; });
+  const auto found =
+      std::lower_bound(entries_.begin(), entries_.end(), id,
+                       [](const Entry& entry, int32_t wanted) { return entry.id < wanted; });
   return found != entries_.end() && found->id == id ? &*found : nullptr;
 }
 

@@ -37,8 +37,12 @@ class TokenTable {
   const Entry* EntryOf(int32_t id) const;
 
   std::string arena_;
-  std::vector<Entry> entries_;   // by id; never indexed by an id from a file without a check
-  std::vector<uint32_t> slots_;  // open addressing; entry index + 1, 0 is free
+  std::vector<Entry> entries_;  // by id; never indexed by an id from a file without a check
+  struct Slot {
+    uint32_t entry = 0;  // index + 1, 0 is free
+    uint32_t hash = 0;   // the high half: spares looking at the text of other tokens
+  };
+  std::vector<Slot> slots_;  // open addressing
 };
 
 }  // namespace winnow::tok

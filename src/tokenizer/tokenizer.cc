@@ -65,8 +65,8 @@ std::string Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special_to
   std::string text;
   tok::DecodeRun run(impl_->decoder, /*streaming=*/false);
   for (const int32_t id : ids) {
-    if (!impl_->HasId(id) || (skip_special_tokens && impl_->IsSpecial(id))) continue;
-    run.Put(impl_->IdToToken(id), text);
+    if (!impl_->HasId(id) || (skip_special_tokens && impl_->IsSkipped(id))) continue;
+    run.Put(impl_->TextOf(id), text);
   }
   run.Finish(text);
   return text;
@@ -77,13 +77,21 @@ std::optional<int32_t> Tokenizer::TokenToId(std::string_view token) const {
   return id == tok::TokenTable::kNone ? std::nullopt : std::optional(id);
 }
 
-std::string Tokenizer::IdToToken(int32_t id) const { return std::string(impl_->IdToToken(id)); }
+std::string Tokenizer::IdToToken(int32_t id) const {
+  return std::string(impl_->IdToToken(id));
+}
 
-int32_t Tokenizer::vocab_size() const { return impl_->max_id() + 1; }
+int32_t Tokenizer::vocab_size() const {
+  return impl_->max_id() + 1;
+}
 
-std::optional<int32_t> Tokenizer::bos_id() const { return impl_->bos_id; }
+std::optional<int32_t> Tokenizer::bos_id() const {
+  return impl_->bos_id;
+}
 
-std::optional<int32_t> Tokenizer::eos_id() const { return impl_->eos_id; }
+std::optional<int32_t> Tokenizer::eos_id() const {
+  return impl_->eos_id;
+}
 
 bool Tokenizer::adds_bos() const {
   const std::vector<int32_t>& prefix = impl_->post_processor.prefix;
@@ -106,8 +114,8 @@ StreamDecoder::~StreamDecoder() = default;
 std::string StreamDecoder::Put(int32_t id) {
   std::string text;
   const Tokenizer::Impl& tokenizer = *state_->tokenizer;
-  if (tokenizer.HasId(id) && !(state_->skip_special_tokens && tokenizer.IsSpecial(id))) {
-    state_->run.Put(tokenizer.IdToToken(id), text);
+  if (tokenizer.HasId(id) && !(state_->skip_special_tokens && tokenizer.IsSkipped(id))) {
+    state_->run.Put(tokenizer.TextOf(id), text);
   }
   return text;
 }

@@ -27,8 +27,8 @@ class Tokenizer {
   // decides on BOS and EOS for Llama-class tokenizers (add_bos_token, add_eos_token).
   static Tokenizer Load(const fs::path& path);
   // From the files' contents; `tokenizer_config_json` may be empty. Messages start with `where`.
-  static Tokenizer FromJson(std::string_view tokenizer_json,
-                            std::string_view tokenizer_config_json, const std::string& where);
+  static Tokenizer FromJson(std::string_view tokenizer_json, std::string_view tokenizer_config_json,
+                            const std::string& where);
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();

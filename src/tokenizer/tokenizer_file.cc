@@ -17,7 +17,9 @@ class Reader : public nlohmann::json_sax<Json> {
 
   bool null() override { return Scalar(nullptr, "null"); }
   bool boolean(bool value) override { return Scalar(value, "a boolean"); }
-  bool number_integer(number_integer_t value) override { return Scalar(value, "a negative number"); }
+  bool number_integer(number_integer_t value) override {
+    return Scalar(value, "a negative number");
+  }
   bool number_float(number_float_t value, const string_t&) override {
     return Scalar(value, "a fraction");
   }

@@ -75,9 +75,9 @@ Tokenizer::Impl::Impl(std::string_view tokenizer_json, std::string_view config_j
   tok::TokenizerFile file = tok::ParseTokenizerFile(tokenizer_json, where);
   const tok::Fields fields(file.rest, where);
   for (const auto& [name, value] : file.rest.items()) {
-    static constexpr std::string_view kKnown[] = {
-        "version",       "truncation",     "padding", "added_tokens", "normalizer",
-        "pre_tokenizer", "post_processor", "decoder", "model"};
+    static constexpr std::string_view kKnown[] = {"version",        "truncation", "padding",
+                                                  "added_tokens",   "normalizer", "pre_tokenizer",
+                                                  "post_processor", "decoder",    "model"};
     if (std::find(std::begin(kKnown), std::end(kKnown), name) == std::end(kKnown)) {
       fields.Fail(fmt::format("unknown field \"{}\"", name.substr(0, 60)));
     }
@@ -94,8 +94,7 @@ Tokenizer::Impl::Impl(std::string_view tokenizer_json, std::string_view config_j
     pre_tokenizer = tok::PreTokenizer::FromJson(*json, where + ": pre_tokenizer");
   }
   if (const Json* json = fields.Find("added_tokens")) {
-    added_tokens =
-        tok::AddedTokens(*json, model.vocab(), normalizer, where + ": added_tokens");
+    added_tokens = tok::AddedTokens(*json, model.vocab(), normalizer, where + ": added_tokens");
   }
   if (const Json* json = fields.Find("post_processor")) {
     post_processor = tok::PostProcessor::FromJson(
@@ -150,9 +149,14 @@ std::string_view Tokenizer::Impl::IdToToken(int32_t id) const {
   return found != added_tokens.by_id().end() ? found->second.content : model.vocab().Token(id);
 }
 
-bool Tokenizer::Impl::IsSpecial(int32_t id) const {
+std::string_view Tokenizer::Impl::TextOf(int32_t id) const {
   const auto found = added_tokens.by_id().find(id);
-  return found != added_tokens.by_id().end() && found->second.special;
+  return found != added_tokens.by_id().end() ? found->second.text : model.vocab().Token(id);
+}
+
+bool Tokenizer::Impl::IsSkipped(int32_t id) const {
+  const auto found = added_tokens.by_id().find(id);
+  return found != added_tokens.by_id().end() && found->second.is_skipped;
 }
 
 int32_t Tokenizer::Impl::max_id() const {
@@ -180,9 +184,8 @@ void Tokenizer::Impl::EncodeText(std::string_view text, tok::EncodeContext& cont
         ids.push_back(id);
         return;
       }
-      const tok::Piece piece{part_text.substr(span.begin, span.end - span.begin),
-                             part.origin_bytes - std::min(part.origin_bytes, span.begin)};
-      EncodePiece(0, piece, /*parent_is_cached=*/false, context, ids);
+      EncodePiece(0, tok::CutPiece({part_text, part.origin_bytes}, span),
+                  /*parent_is_cached=*/false, context, ids);
     });
   });
 }
@@ -192,10 +195,9 @@ void Tokenizer::Impl::EncodeText(std::string_view text, tok::EncodeContext& cont
 // stage leaves as it is will be remembered by the earlier one.
 void Tokenizer::Impl::EncodePiece(size_t stage, tok::Piece piece, bool parent_is_cached,
                                   tok::EncodeContext& context, std::vector<int32_t>& ids) const {
-  const bool is_cached =
-      piece.text.size() <= tok::WordCache::kMaxWordBytes && !parent_is_cached &&
-      (stage == 0 || pre_tokenizer.Cuts(stage - 1)) &&
-      !(pre_tokenizer.uses_origin() && piece.origin_bytes > 0);
+  const bool is_cached = piece.text.size() <= tok::WordCache::kMaxWordBytes && !parent_is_cached &&
+                         (stage == 0 || pre_tokenizer.Cuts(stage - 1)) &&
+                         !(pre_tokenizer.uses_origin() && piece.origin_bytes > 0);
   const auto kind = static_cast<uint32_t>(stage);
   if (is_cached && context.cache.Find(kind, piece.text, ids)) return;
   const size_t first = ids.size();

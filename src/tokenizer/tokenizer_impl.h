@@ -57,7 +57,9 @@ struct Tokenizer::Impl {
   int32_t TokenToId(std::string_view token) const;
   bool HasId(int32_t id) const;
   std::string_view IdToToken(int32_t id) const;
-  bool IsSpecial(int32_t id) const;
+  // For decoding: the token's text, and whether it is left out where special tokens are skipped.
+  std::string_view TextOf(int32_t id) const;
+  bool IsSkipped(int32_t id) const;
   int32_t max_id() const;
 
   // Appends the ids of valid UTF-8 text, without the post-processor.

@@ -20,28 +20,33 @@ struct Range {
 // Characters that utf8proc 2.8 (Unicode 15) reorders, composes or decomposes and the library's
 // normalizer (Unicode 9) does not know: found by comparing the two over all code points.
 constexpr Range kUnknownMarks[] = {
-    {0x7FD, 0x7FD}, {0x898, 0x89F}, {0x8CA, 0x8D3}, {0x9FE, 0x9FE}, {0xC3C, 0xC3C}, {0xD3B, 0xD3C},
-    {0xEBA, 0xEBA}, {0x1715, 0x1715}, {0x1ABF, 0x1ACE}, {0x1DF6, 0x1DFA}, {0xA82C, 0xA82C},
-    {0x10D24, 0x10D27}, {0x10EAB, 0x10EAC}, {0x10EFD, 0x10EFF}, {0x10F46, 0x10F50},
-    {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x1145E, 0x1145E},
-    {0x11839, 0x1183A}, {0x11930, 0x11930}, {0x11938, 0x11938}, {0x1193D, 0x1193E},
-    {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47},
-    {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97},
-    {0x11F41, 0x11F42}, {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136},
-    {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF},
+    {0x7FD, 0x7FD},     {0x898, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},
+    {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},
+    {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},   {0xA82C, 0xA82C},   {0x10D24, 0x10D27},
+    {0x10EAB, 0x10EAC}, {0x10EFD, 0x10EFF}, {0x10F46, 0x10F50}, {0x10F82, 0x10F85},
+    {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x1145E, 0x1145E}, {0x11839, 0x1183A},
+    {0x11930, 0x11930}, {0x11938, 0x11938}, {0x1193D, 0x1193E}, {0x11943, 0x11943},
+    {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47}, {0x11A99, 0x11A99},
+    {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97}, {0x11F41, 0x11F42},
+    {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE},
+    {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF},
 };
 constexpr Range kUnknownCompatibility[] = {
-    {0x32FF, 0x32FF}, {0xA7F2, 0xA7F4}, {0xAB69, 0xAB69}, {0x10781, 0x10785}, {0x10787, 0x107B0},
-    {0x107B2, 0x107BA}, {0x1E030, 0x1E06D}, {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9},
+    {0x32FF, 0x32FF},   {0xA7F2, 0xA7F4},   {0xAB69, 0xAB69},
+    {0x10781, 0x10785}, {0x10787, 0x107B0}, {0x107B2, 0x107BA},
+    {0x1E030, 0x1E06D}, {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9},
 };
 
 bool Contains(std::span<const Range> ranges, char32_t code) {
-  const auto after = std::upper_bound(ranges.begin(), ranges.end(), code,
-                                      [](char32_t c, const Range& range) { return c < range.first; });
+  const auto after =
+      std::upper_bound(ranges.begin(), ranges.end(), code,
+                       [](char32_t c, const Range& range) { return c < range.first; });
   return after != ranges.begin() && code <= std::prev(after)->last;
 }
 
-int CombiningClass(utf8proc_int32_t code) { return utf8proc_get_property(code)->combining_class; }
+int CombiningClass(utf8proc_int32_t code) {
+  return utf8proc_get_property(code)->combining_class;
+}
 
 // Decomposed characters since the last border, put in order and composed at the next one. We do
 // not call utf8proc_map: its reordering takes quadratic time in a long run of marks.
@@ -57,8 +62,8 @@ class Block {
       return;
     }
     utf8proc_int32_t parts[32];
-    const int options = UTF8PROC_STABLE | UTF8PROC_DECOMPOSE |
-                        (form_.compatibility ? UTF8PROC_COMPAT : 0);
+    const int options =
+        UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | (form_.compatibility ? UTF8PROC_COMPAT : 0);
     int boundclass = 0;
     const utf8proc_ssize_t count =
         utf8proc_decompose_char(static_cast<utf8proc_int32_t>(code), parts, 32,
@@ -83,8 +88,7 @@ class Block {
     auto count = static_cast<utf8proc_ssize_t>(codes_.size());
     if (form_.compose && count > 1) {
       count = utf8proc_normalize_utf32(
-          codes_.data(), count,
-          static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+          codes_.data(), count, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
     }
     for (utf8proc_ssize_t i = 0; i < count; ++i) {
       AppendUtf8(static_cast<char32_t>(codes_[static_cast<size_t>(i)]), out);
@@ -97,7 +101,9 @@ class Block {
   std::vector<utf8proc_int32_t> codes_;
 };
 
-bool IsAscii(char c) { return static_cast<unsigned char>(c) < 0x80; }
+bool IsAscii(char c) {
+  return static_cast<unsigned char>(c) < 0x80;
+}
 
 char32_t LowercaseCharacter(char32_t code) {
   // Cased since Unicode 15.

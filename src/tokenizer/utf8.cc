@@ -15,8 +15,9 @@ struct Range {
 #include "tokenizer/unicode_tables.inc"
 
 bool Contains(std::span<const Range> ranges, char32_t code) {
-  const auto after = std::upper_bound(ranges.begin(), ranges.end(), code,
-                                      [](char32_t c, const Range& range) { return c < range.first; });
+  const auto after =
+      std::upper_bound(ranges.begin(), ranges.end(), code,
+                       [](char32_t c, const Range& range) { return c < range.first; });
   return after != ranges.begin() && code <= std::prev(after)->last;
 }
 
@@ -104,10 +105,16 @@ bool IsNumeric(char32_t code) {
   return Contains(kNumeric, code);
 }
 
-bool IsWordCharacter(char32_t code) { return Contains(kWord, code); }
+bool IsWordCharacter(char32_t code) {
+  return Contains(kWord, code);
+}
 
-bool IsPunctuation(char32_t code) { return Contains(kPunctuation, code); }
+bool IsPunctuation(char32_t code) {
+  return Contains(kPunctuation, code);
+}
 
-bool IsCombiningMark(char32_t code) { return Contains(kCombiningMarks, code); }
+bool IsCombiningMark(char32_t code) {
+  return Contains(kCombiningMarks, code);
+}
 
 }  // namespace winnow::tok

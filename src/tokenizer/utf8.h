@@ -58,10 +58,10 @@ size_t ValidUtf8Prefix(std::string_view text);
 // Every maximal ill-formed part becomes one U+FFFD (as Rust's from_utf8_lossy).
 void AppendLossyUtf8(std::string_view text, std::string& out);
 
-bool IsSpace(char32_t code);             // White_Space
-bool IsNumeric(char32_t code);           // Rust's char::is_numeric
-bool IsWordCharacter(char32_t code);     // \w of the regex crate
-bool IsPunctuation(char32_t code);       // ASCII punctuation and \p{P}
-bool IsCombiningMark(char32_t code);     // what StripAccents removes
+bool IsSpace(char32_t code);          // White_Space
+bool IsNumeric(char32_t code);        // Rust's char::is_numeric
+bool IsWordCharacter(char32_t code);  // \w of the regex crate
+bool IsPunctuation(char32_t code);    // ASCII punctuation and \p{P}
+bool IsCombiningMark(char32_t code);  // what StripAccents removes
 
 }  // namespace winnow::tok

@@ -2,6 +2,7 @@
 // when full it starts again. Not thread-safe: one per encoding thread.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -20,25 +21,36 @@ class WordCache {
   void Insert(uint32_t kind, std::string_view word, std::span<const int32_t> ids);
 
  private:
-  struct Slot {
-    uint64_t hash = 0;  // 0: free
-    uint32_t word_offset = 0;
-    uint32_t ids_offset = 0;
-    uint32_t num_ids = 0;
-    uint16_t word_bytes = 0;
-    uint16_t kind = 0;
-  };
+  static constexpr size_t kInlineWords = 3;  // of 8 bytes
+  static constexpr size_t kInlineIds = 6;
   static constexpr size_t kSlots = size_t{1} << 15;
   static constexpr size_t kMaxWords = kSlots / 2;
-  static constexpr size_t kMaxIds = 8 * kMaxWords;
+  static constexpr size_t kMaxMoreIds = size_t{1} << 17;
 
-  static uint64_t Hash(uint32_t kind, std::string_view word);
+  struct Key {
+    uint64_t hash = 0;
+    // The first 24 bytes, padded with zeros.
+    std::array<uint64_t, kInlineWords> head{};
+  };
+  // One cache line: most words need no other.
+  struct alignas(64) Slot {
+    Key key;  // hash 0: free
+    uint16_t kind = 0;
+    uint8_t word_bytes = 0;
+    uint8_t num_ids = 0;
+    uint32_t tail_offset = 0;  // in tails_: the bytes from the 24th on
+    // The ids, or ids[0] is where they are in more_ids_.
+    std::array<int32_t, kInlineIds> ids{};
+  };
+
+  static Key MakeKey(uint32_t kind, std::string_view word);
+  std::string_view Tail(const Slot& slot) const;
   void Clear();
 
   std::vector<Slot> slots_;  // allocated with the first word
   size_t num_words_ = 0;
-  std::string words_;
-  std::vector<int32_t> ids_;
+  std::string tails_;
+  std::vector<int32_t> more_ids_;
 };
 
 }  // namespace winnow::tok
