@@ -168,7 +168,12 @@ void ReadAttention(const ConfigReader& reader, const Family& family, ModelConfig
   out.output_bias = HasBias(reader, family.output_bias);
   out.qk_norm = family.qk_norm;
   if (family.reads_clip_qkv) {
-    if (const auto clip = reader.Number("clip_qkv")) out.clip_qkv = static_cast<float>(*clip);
+    if (const auto clip = reader.Number("clip_qkv")) {
+      if (!(*clip > 0 && *clip < 1e30)) {
+        reader.Fail("clip_qkv", "a number above 0", std::to_string(*clip));
+      }
+      out.clip_qkv = static_cast<float>(*clip);
+    }
   }
   if (family.sliding_window_by_value) {
     out.attention_window = reader.Integer("sliding_window", 1, int64_t{1} << 40).value_or(0);
@@ -279,16 +284,21 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
   ModelConfig out;
   out.family = &family;
   if (const OrderedJson* quantization = reader.Find("quantization_config")) {
+    if (!quantization->is_object()) {
+      reader.Fail("quantization_config", "an object", quantization->dump());
+    }
+    const std::string method = ConfigReader(*quantization, where).Text("quant_method");
     throw ModelError(fmt::format("{}: quantised weights ({}) are not supported", where,
-                                 quantization->value("quant_method", "unknown method")),
+                                 method.empty() ? "unknown method" : method),
                      "use the checkpoint in bfloat16, float16 or float32");
   }
   out.vocab_size = reader.RequiredInteger("vocab_size", 1, kMaxDimension);
   out.hidden_size = reader.RequiredInteger("hidden_size", 1, kMaxDimension);
   out.max_position_embeddings =
       reader.Integer("max_position_embeddings", 1, int64_t{1} << 40).value_or(0);
-  out.rms_norm_eps =
-      static_cast<float>(reader.Number("rms_norm_eps").value_or(family.defaults.rms_norm_eps));
+  const double eps = reader.Number("rms_norm_eps").value_or(family.defaults.rms_norm_eps);
+  if (!(eps >= 0 && eps <= 1)) reader.Fail("rms_norm_eps", "0 to 1", std::to_string(eps));
+  out.rms_norm_eps = static_cast<float>(eps);
   const std::string activation = reader.Text("hidden_act");
   if (!activation.empty() && activation != "silu") {
     reader.Fail("hidden_act", "\"silu\"", activation);

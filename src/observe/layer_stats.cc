@@ -7,6 +7,13 @@
 #include "checkpoint/safetensors_writer.h"
 
 namespace winnow {
+namespace {
+
+std::string LayOut(std::vector<TensorInfo>& tensors) {
+  return LayOutSafetensors(tensors, {{"format", "winnow.stats/1"}});
+}
+
+}  // namespace
 
 std::vector<TensorInfo> LayerStatsLayout(const StatsInfo& info, const StatsLayer& layer) {
   const auto tokens = static_cast<uint64_t>(info.num_tokens());
@@ -49,7 +56,7 @@ uint64_t StatsBytes(const StatsInfo& info) {
   uint64_t total = 0;
   for (const StatsLayer& layer : info.layers) {
     std::vector<TensorInfo> tensors = LayerStatsLayout(info, layer);
-    uint64_t bytes = LayOutSafetensors(tensors, {}).size();
+    uint64_t bytes = LayOut(tensors).size();
     for (const TensorInfo& tensor : tensors) bytes += tensor.bytes;
     total = CheckedAdd(total, bytes, "statistics");
   }
@@ -61,7 +68,7 @@ LayerStatsWriter::LayerStatsWriter(const fs::path& folder, const StatsInfo& info
     : path_(LayerStatsPath(folder, layer.layer)),
       file_(File::Create(path_.string() + ".tmp")),
       tensors_(LayerStatsLayout(info, layer)) {
-  const std::string header = LayOutSafetensors(tensors_, {{"format", "winnow.stats/1"}});
+  const std::string header = LayOut(tensors_);
   file_.WriteAt(0, std::as_bytes(std::span(header)));
   file_.Truncate(header.size() +
                  (tensors_.back().file_offset + tensors_.back().bytes - header.size()));

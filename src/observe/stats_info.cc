@@ -168,8 +168,9 @@ StatsInfo StatsInfoFromJson(const Json& json, const std::string& where) {
       }
       const auto length = run[0].get<int64_t>(), repeats = run[1].get<int64_t>();
       // Bounded before they are multiplied: both come from the file.
-      if (length < 0 || repeats < 1 || length > kMaxCount || repeats > source.num_sequences ||
-          (length > 0 && repeats > kMaxCount / length)) {
+      // Without empty sequences their number is bounded by the tokens, which files must hold.
+      if (length < 1 || repeats < 1 || length > kMaxCount || repeats > source.num_sequences ||
+          repeats > kMaxCount / length) {
         fields.Fail("lengths", "plausible pairs [length, repeats]");
       }
       sequences += repeats;

@@ -41,9 +41,10 @@ std::string TextOr(const Json& json, const std::string& where, const char* key) 
 int64_t IntegerOr(const Json& json, const std::string& where, const char* key, int64_t fallback) {
   const auto it = json.find(key);
   if (it == json.end() || it->is_null()) return fallback;
-  // Re-serialised by a program without integers, 4 may have become 4.0.
-  if (!it->is_number() || it->get<double>() != static_cast<double>(it->get<int64_t>()) ||
-      it->get<double>() < 0) {
+  // Re-serialised by a program without integers, 4 may have become 4.0. Larger numbers than 2^62
+  // are damage, and no double may be converted before its range is known.
+  if (!it->is_number() || it->get<double>() < 0 || it->get<double>() > 0x1p62 ||
+      it->get<double>() != static_cast<double>(it->get<int64_t>())) {
     Fail(where, key, "a non-negative integer");
   }
   return it->get<int64_t>();
@@ -173,7 +174,7 @@ void CheckPlan(const CompressionPlan& plan, const Model& model) {
   std::vector<int32_t> planned;
   for (const LayerPlan& layer : plan.layers) {
     const std::string where = fmt::format("the plan for layer {}", layer.layer);
-    if (layer.layer >= config.num_layers() ||
+    if (layer.layer < 0 || layer.layer >= config.num_layers() ||
         !config.layers[static_cast<size_t>(layer.layer)].is_moe) {
       throw UsageError(fmt::format("{}: the model has no experts there", where));
     }
@@ -182,7 +183,8 @@ void CheckPlan(const CompressionPlan& plan, const Model& model) {
       throw UsageError(fmt::format("{} expects {} experts, the model has {}", where,
                                    layer.num_experts, experts));
     }
-    if (!StrictlyAscending(layer.kept) || layer.kept.empty() || layer.kept.back() >= experts) {
+    if (layer.kept.empty() || !StrictlyAscending(layer.kept) || layer.kept.front() < 0 ||
+        layer.kept.back() >= experts) {
       throw UsageError(
           fmt::format("{}: `kept` must be ascending expert numbers below {}", where, experts));
     }
@@ -192,7 +194,8 @@ void CheckPlan(const CompressionPlan& plan, const Model& model) {
                        "keep at least num_experts_per_tok experts");
     }
     for (const int32_t expert : layer.dropped) {
-      if (expert >= experts || std::binary_search(layer.kept.begin(), layer.kept.end(), expert)) {
+      if (expert < 0 || expert >= experts ||
+          std::binary_search(layer.kept.begin(), layer.kept.end(), expert)) {
         throw UsageError(fmt::format("{}: expert {} is both kept and dropped, or does not exist",
                                      where, expert));
       }

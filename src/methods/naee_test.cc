@@ -1,0 +1,346 @@
+// NAEE against the losses and choices of the published program, and against the definition: the
+// router cut by hand and the norm of what changes.
+#include "methods/naee.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "observe/test_support.h"
+
+namespace winnow {
+namespace {
+
+using Subset = std::vector<int32_t>;
+
+// The published program computes in f32; its losses differ from f64 by 7e-8 relative.
+constexpr double kLossLimit = 1e-5;
+// Closer candidates may come out either way.
+constexpr double kDecidedMargin = 1e-4;
+
+Json Published() {
+  const fs::path path = fs::path(WINNOW_TEST_DATA) / "naee" / "naee.json";
+  return ParseJson(ReadTextFile(path), path.string());
+}
+
+// Blocks the published program made of its texts.
+std::vector<SourceBlocks> PublishedBlocks(const std::string& model) {
+  const SafetensorsFile file =
+      SafetensorsFile::Open(fs::path(WINNOW_TEST_DATA) / "text" / "naee-ids.safetensors");
+  return {SourceOf(
+      "mix", TokensOf(ReadIntegers(file, model), static_cast<int64_t>(file.Get(model).shape[0])))};
+}
+
+LayerPlan Choose(const fs::path& stats, const StatsLayer& layer, int64_t keep, int threads = 1) {
+  const StatsInfo info = ReadStatsInfo(stats);
+  ThreadPool pool(threads);
+  return ChooseNaee(LayerStatsReader(stats, info, layer), info, layer, keep, pool, {});
+}
+
+// `i` counts MoE layers.
+void ExpectPublishedChoice(const LayerPlan& got, const Json& expected, size_t i) {
+  const Json& chosen = expected.at("chosen").at(i);
+  const auto loss = chosen.at("loss").get<double>();
+  const auto margin = chosen.at("margin").get<double>();
+  ASSERT_TRUE(got.loss.has_value() && got.margin.has_value());
+  EXPECT_NEAR(*got.loss, loss, loss * kLossLimit);
+  EXPECT_NEAR(*got.margin, margin, 2 * kLossLimit * (1 + margin));
+  if (margin > kDecidedMargin) {
+    EXPECT_EQ(got.dropped, chosen.at("drop").get<Subset>());
+  }
+  // The same through the table of all subsets.
+  const auto drops = expected.at("drop").get<std::vector<Subset>>();
+  const auto losses = expected.at("loss").at(i).get<std::vector<double>>();
+  const auto at = std::find(drops.begin(), drops.end(), got.dropped);
+  ASSERT_NE(at, drops.end());
+  EXPECT_NEAR(*got.loss, losses[static_cast<size_t>(at - drops.begin())], loss * kLossLimit);
+}
+
+TEST(NaeePublished, TinyModelEveryKeepAndBatch) {
+  const Model model = Model::Open(fs::path(WINNOW_TEST_DATA) / "naee" / "tiny");
+  const Json published = Published().at("tiny");
+  const TestFolder folder;
+  const fs::path stats = folder.path() / "stats";
+  Observe(model, PublishedBlocks("tiny"),
+          {.level = StatsLevel::kFull, .batch = published.at("batch").get<int64_t>()}, stats, 2);
+  StatsInfo info = ReadStatsInfo(stats);
+  const LayerStatsReader records(stats, info, info.layers[0]);
+  ThreadPool pool(2);
+  const auto choose = [&](int64_t keep) {
+    return ChooseNaee(records, info, info.layers[0], keep, pool, {});
+  };
+  for (int64_t keep = 2; keep <= 7; ++keep) {
+    SCOPED_TRACE(keep);
+    ExpectPublishedChoice(choose(keep), published.at("layerwise").at("keep" + std::to_string(keep)),
+                          0);
+  }
+  // The same tokens in other batches: other sums of norms.
+  for (const int64_t batch : {8, 16}) {
+    SCOPED_TRACE(batch);
+    Json expected = published.at("batch_variants").at("batch" + std::to_string(batch) + ".keep4");
+    expected["drop"] = published.at("layerwise").at("keep4").at("drop");
+    info.batch = batch;
+    ExpectPublishedChoice(choose(4), expected, 0);
+  }
+}
+
+// The bundled model's first two layers: the others would only take time, as all of them do under a
+// sanitizer.
+class NaeeSample : public testing::Test {
+ protected:
+  void SetUp() override {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    GTEST_SKIP() << "13 GFLOP a layer; the tiny model takes the same paths";
+#endif
+    const fs::path source = fs::path(WINNOW_SOURCE_DIR) / "examples" / "sample-mixtral";
+    fs::create_symlink(source / "model.safetensors", folder_.path() / "model.safetensors");
+    fs::copy_file(source / "config.json", folder_.path() / "config.json");
+    EditConfig(folder_.path(), [](OrderedJson& config) { config["num_hidden_layers"] = 2; });
+    model_.emplace(Model::Open(folder_.path()));
+    published_ = Published().at("sample");
+  }
+  ObserveOptions Options() const {
+    return {.level = StatsLevel::kFull, .batch = published_.at("batch").get<int64_t>()};
+  }
+  const TestFolder folder_;
+  const fs::path stats_ = folder_.path() / "stats";
+  std::optional<Model> model_;
+  Json published_;
+};
+
+TEST_F(NaeeSample, Layerwise) {
+  Observe(*model_, PublishedBlocks("sample"), Options(), stats_, 2);
+  const StatsInfo info = ReadStatsInfo(stats_);
+  for (const int64_t keep : {4, 6}) {
+    for (size_t i = 0; i < info.layers.size(); ++i) {
+      SCOPED_TRACE(testing::Message() << "keep " << keep << " layer " << i);
+      ExpectPublishedChoice(Choose(stats_, info.layers[i], keep, 2),
+                            published_.at("layerwise").at("keep" + std::to_string(keep)), i);
+    }
+  }
+}
+
+TEST_F(NaeeSample, Progressive) {
+  ObserveOptions options = Options();
+  options.progressive_keep = 4;
+  size_t i = 0;
+  ThreadPool pool(2);
+  options.choose = [&](const fs::path& folder, const StatsInfo& info, const StatsLayer& layer) {
+    const LayerPlan plan =
+        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer, 4, pool, {});
+    ExpectPublishedChoice(plan, published_.at("progressive").at("keep4"), i++);
+    return plan.kept;
+  };
+  Observe(*model_, PublishedBlocks("sample"), options, stats_, 2);
+  EXPECT_EQ(i, 2u);
+}
+
+// What the layer computes for one token with only `kept`, from the expert outputs and router
+// scores of all experts: rows of the router deleted, then softmax, top k, weights. In double.
+std::vector<double> RoutedWith(const ModelConfig& config, const TracedLayer& layer, int64_t experts,
+                               int64_t token, Subset kept) {
+  const float* logits = layer.router_logits.data() + token * experts;
+  const auto k = config.num_experts_per_tok;
+  std::stable_sort(kept.begin(), kept.end(),
+                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  double all = 0, selected = 0;
+  for (size_t i = 0; i < kept.size(); ++i) {
+    const double mass = std::exp(static_cast<double>(logits[kept[i]]));
+    all += mass;
+    if (i < static_cast<size_t>(k)) selected += mass;
+  }
+  const double total = config.norm_topk_prob ? selected + config.normalize_epsilon * all : all;
+  const int64_t h = config.hidden_size;
+  std::vector<double> sum(static_cast<size_t>(h));
+  for (int64_t i = 0; i < k; ++i) {
+    const int32_t e = kept[static_cast<size_t>(i)];
+    const double weight = std::exp(static_cast<double>(logits[e])) / total;
+    const float* output = layer.expert_outputs.data() + (token * experts + e) * h;
+    for (int64_t c = 0; c < h; ++c) sum[static_cast<size_t>(c)] += weight * double{output[c]};
+  }
+  return sum;
+}
+
+Subset AllExperts(int64_t experts) {
+  Subset all(static_cast<size_t>(experts));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+// Every subset with its loss by definition. `target` is the layer whose routed output counts, which
+// is `layer` itself but for progressive runs.
+std::map<Subset, double> LossesByDefinition(const ModelConfig& config, const TracedLayer& layer,
+                                            const TracedLayer& target, int64_t experts,
+                                            int64_t keep, const std::vector<int64_t>& batches) {
+  std::map<Subset, double> losses;
+  for (uint32_t mask = 0; mask < (1u << experts); ++mask) {
+    if (__builtin_popcount(mask) != static_cast<int>(experts - keep)) continue;
+    Subset kept, dropped;
+    for (int32_t e = 0; e < experts; ++e) {
+      (((mask >> e) & 1u) != 0 ? dropped : kept).push_back(e);
+    }
+    double loss = 0;
+    int64_t token = 0;
+    for (const int64_t batch : batches) {
+      double squares = 0;
+      for (const int64_t end = token + batch; token < end; ++token) {
+        const std::vector<double> z =
+            RoutedWith(config, target, experts, token, AllExperts(experts));
+        const std::vector<double> cut = RoutedWith(config, layer, experts, token, kept);
+        for (size_t c = 0; c < z.size(); ++c) squares += (z[c] - cut[c]) * (z[c] - cut[c]);
+      }
+      loss += std::sqrt(squares);
+    }
+    losses[dropped] = loss;
+  }
+  return losses;
+}
+
+void ExpectBestOf(const std::map<Subset, double>& losses, const LayerPlan& plan) {
+  std::vector<double> sorted;
+  for (const auto& [dropped, loss] : losses) sorted.push_back(loss);
+  std::sort(sorted.begin(), sorted.end());
+  EXPECT_NEAR(*plan.loss, sorted[0], kLossLimit * sorted[0]);
+  EXPECT_NEAR(losses.at(plan.dropped), sorted[0], kLossLimit * sorted[0]);
+  EXPECT_NEAR(*plan.margin, (sorted[1] - sorted[0]) / sorted[0], 4 * kLossLimit);
+  Subset all = plan.kept;
+  all.insert(all.end(), plan.dropped.begin(), plan.dropped.end());
+  std::sort(all.begin(), all.end());
+  EXPECT_EQ(all, AllExperts(plan.num_experts));
+}
+
+class NaeeDefinition : public testing::TestWithParam<const char*> {
+ protected:
+  const Model model_ = Model::Open(GoldenFolder(GetParam()));
+  const TokenSet tokens_ = GoldenTokens(GetParam());
+  const std::vector<SourceBlocks> sources_ = {SourceOf("golden", tokens_)};
+  const TestFolder folder_;
+  const fs::path stats_ = folder_.path() / "stats";
+};
+
+TEST_P(NaeeDefinition, GramIdentityIsTheNormOfTheChange) {
+  const ModelConfig& config = model_.config();
+  const ForwardTrace trace =
+      RunForward(model_, tokens_, {.watch = Watch::kExpertOutputs, .logits = false});
+  Observe(model_, sources_, {.level = StatsLevel::kFull, .batch = 1}, stats_);
+  const StatsInfo info = ReadStatsInfo(stats_);
+  ASSERT_EQ(info.BatchTokens(), (std::vector<int64_t>{24, 24}));
+  for (const StatsLayer& layer : info.layers) {
+    const TracedLayer& traced = trace.layers.at(layer.layer);
+    for (int64_t keep = config.num_experts_per_tok; keep < layer.num_experts; ++keep) {
+      SCOPED_TRACE(testing::Message() << "layer " << layer.layer << " keep " << keep);
+      ExpectBestOf(
+          LossesByDefinition(config, traced, traced, layer.num_experts, keep, info.BatchTokens()),
+          Choose(stats_, layer, keep));
+    }
+  }
+}
+
+// The loss is what running the pruned layer shows.
+TEST_P(NaeeDefinition, LossIsWhatThePrunedLayerDoes) {
+  const ModelConfig& config = model_.config();
+  Observe(model_, sources_, {.level = StatsLevel::kFull, .batch = 8}, stats_);
+  const StatsLayer layer = ReadStatsInfo(stats_).layers.front();
+  const LayerPlan plan = Choose(stats_, layer, config.num_experts_per_tok);
+  std::vector<Subset> kept(static_cast<size_t>(config.num_layers()));
+  kept[static_cast<size_t>(layer.layer)] = plan.kept;
+  const std::vector<float> intact = RunForward(model_, tokens_).layers.at(layer.layer).routed;
+  const std::vector<float> pruned =
+      RunForward(model_, tokens_, {.kept_experts = kept}).layers.at(layer.layer).routed;
+  double squares = 0;
+  for (size_t i = 0; i < intact.size(); ++i) {
+    const double d = static_cast<double>(intact[i]) - static_cast<double>(pruned[i]);
+    squares += d * d;
+  }
+  EXPECT_NEAR(*plan.loss, std::sqrt(squares), kLossLimit * *plan.loss);
+}
+
+// Progressive: inputs from the model pruned so far, targets from the intact one.
+TEST_P(NaeeDefinition, ProgressiveFollowsThePrunedStream) {
+  const ModelConfig& config = model_.config();
+  const int64_t keep = config.num_experts_per_tok + 1;
+  const ForwardTrace intact =
+      RunForward(model_, tokens_, {.watch = Watch::kExpertOutputs, .logits = false});
+  std::vector<Subset> kept(static_cast<size_t>(config.num_layers()));
+  ThreadPool pool(1);
+  const auto choose = [&](const fs::path& folder, const StatsInfo& info, const StatsLayer& layer) {
+    const LayerPlan plan =
+        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer, keep, pool, {});
+    const ForwardTrace drifted = RunForward(
+        model_, tokens_, {.watch = Watch::kExpertOutputs, .kept_experts = kept, .logits = false});
+    SCOPED_TRACE(testing::Message() << "layer " << layer.layer);
+    ExpectBestOf(
+        LossesByDefinition(config, drifted.layers.at(layer.layer), intact.layers.at(layer.layer),
+                           layer.num_experts, keep, info.BatchTokens()),
+        plan);
+    kept[static_cast<size_t>(layer.layer)] = plan.kept;
+    return plan.kept;
+  };
+  Observe(model_, sources_,
+          {.level = StatsLevel::kFull, .batch = 1, .progressive_keep = keep, .choose = choose},
+          stats_);
+  for (const int32_t layer : config.MoeLayers()) {
+    EXPECT_EQ(static_cast<int64_t>(kept[static_cast<size_t>(layer)].size()), keep);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, NaeeDefinition,
+                         testing::Values("mixtral", "qwen2_moe", "qwen3_moe-dense-layer", "olmoe",
+                                         "deepseek-bf16"),
+                         TestName);
+
+TEST(Naee, SameChoiceForAnyNumberOfThreads) {
+  const TestFolder folder;
+  const Model model = Model::Open(GoldenFolder("olmoe"));
+  Observe(model, {SourceOf("golden", GoldenTokens("olmoe"))}, {.level = StatsLevel::kFull},
+          folder.path() / "stats");
+  for (const StatsLayer& layer : ReadStatsInfo(folder.path() / "stats").layers) {
+    const LayerPlan one = Choose(folder.path() / "stats", layer, 4);
+    const LayerPlan three = Choose(folder.path() / "stats", layer, 4, 3);
+    EXPECT_EQ(one.kept, three.kept);
+    EXPECT_EQ(one.loss, three.loss);
+    EXPECT_EQ(one.margin, three.margin);
+  }
+}
+
+TEST(Naee, BinomialCoefficients) {
+  EXPECT_EQ(BinomialCoefficient(8, 4), 70u);
+  EXPECT_EQ(BinomialCoefficient(16, 3), 560u);
+  EXPECT_EQ(BinomialCoefficient(5, 0), 1u);
+  EXPECT_EQ(BinomialCoefficient(5, 5), 1u);
+  EXPECT_EQ(BinomialCoefficient(5, 6), 0u);
+  EXPECT_EQ(BinomialCoefficient(0, 0), 1u);
+  EXPECT_EQ(BinomialCoefficient(60, 30), 118264581564861424u);
+  EXPECT_EQ(BinomialCoefficient(256, 128), UINT64_MAX);
+}
+
+StatsInfo Info(int64_t experts, int64_t k) {
+  StatsInfo info;
+  info.num_experts_per_tok = k;
+  info.level = StatsLevel::kFull;
+  info.layers = {{0, experts, 1}, {1, experts, 1}};
+  return info;
+}
+
+TEST(Naee, RefusesWhatItCannotAnswer) {
+  EXPECT_NO_THROW(CheckNaee(Info(8, 2), 2));
+  EXPECT_NO_THROW(CheckNaee(Info(8, 2), 7));
+  EXPECT_THROW(CheckNaee(Info(8, 2), 1), UsageError);        // fewer than each token uses
+  EXPECT_THROW(CheckNaee(Info(8, 2), 8), UsageError);        // nothing to drop
+  EXPECT_NO_THROW(CheckNaee(Info(16, 4), 12));               // 1,820 subsets
+  EXPECT_THROW(CheckNaee(Info(16, 4), 8), UsageError);       // 12,870 subsets
+  EXPECT_THROW(CheckNaee(Info(256, 8), 128), UsageError);    // more than 64 bits count
+  EXPECT_THROW(CheckNaee(Info(512, 200), 511), UsageError);  // k beyond what tokens are ranked by
+  for (const StatsLevel level : {StatsLevel::kRouting, StatsLevel::kRouted}) {
+    StatsInfo info = Info(8, 2);
+    info.level = level;
+    EXPECT_THROW(CheckNaee(info, 4), UsageError);
+  }
+  StatsInfo progressive = Info(8, 2);
+  progressive.progressive_keep = 4;
+  EXPECT_NO_THROW(CheckNaee(progressive, 4));
+  EXPECT_THROW(CheckNaee(progressive, 6), UsageError);
+}
+
+}  // namespace
+}  // namespace winnow
