@@ -51,6 +51,9 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
     }
     return finished;
   }
+  // Only now: what is refused above leaves nothing behind.
+  if (!session.flags.resume) fs::remove_all(stats.parent_path());
+  fs::create_directories(stats.parent_path());
   RunObserve(model, sources, options, plan, stats, session.pool(), session.control());
   return plan.info;
 }
@@ -68,10 +71,6 @@ int RunCompress(Session& session, CompressFlags& flags) {
                      "go on with --resume, or start again with --force");
   }
   const Model model = Model::Open(flags.model);
-  if (!session.flags.dry_run) {
-    if (!session.flags.resume) fs::remove_all(work);
-    fs::create_directories(work);
-  }
   const fs::path stats = work / "stats";
   const StatsInfo info = Observe(session, flags, model, stats);
   if (session.flags.dry_run) return 0;
