@@ -17,12 +17,22 @@ seed() {
     cp -n tests/data/fuzz/"$target"/* "$corpus"/ 2>/dev/null || true
     return
   fi
+  if [ "$target" = tokenizer_fuzz ]; then
+    # Small tokenizers of every component, each with the texts of its cases.
+    python3 - "$corpus" tests/data/tokenizers/components.jsonl <<'END'
+import json, pathlib, sys
+for number, line in enumerate(open(sys.argv[2], encoding="utf-8")):
+    case = json.loads(line)
+    text = "".join(str(one.get("text", "")) for one in case["cases"])[:256]
+    seed = json.dumps(case["tokenizer"], ensure_ascii=False, separators=(",", ":")) + "\0\0" + text
+    pathlib.Path(sys.argv[1], f"seed-{number:02}").write_bytes(seed.encode("utf-8", "surrogatepass"))
+END
+    return
+  fi
   case $target in
     *safetensors*) set -- -name '*.safetensors' ;;
-    *token*) set -- -name 'tokenizer*.json' ;;
-    *regex* | *split* | *text*) set -- -name '*.txt' ;;
-    *jsonl*) set -- -name '*.jsonl' ;;
-    *stats*) set -- -name '*.stats' -o -name '*.wstats' -o -name '*.safetensors' ;;
+    config_fuzz) set -- -name 'config.json' ;;
+    index_fuzz) set -- -name '*.index.json' ;;
     *) set -- -name '*.json' ;;
   esac
   while IFS= read -r -d '' file; do
