@@ -12,8 +12,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "base/json.h"                     // OrderedJson
-#include "checkpoint/safetensors_file.h"   // SafetensorsFile
+#include "base/json.h"                    // OrderedJson
+#include "checkpoint/safetensors_file.h"  // SafetensorsFile
 
 namespace winnow {
 

@@ -3,8 +3,8 @@
 //   u64 little-endian N | N bytes of JSON, padded with spaces | data, offsets relative to its start
 //
 // Open() checks everything before anything is allocated for data: length, UTF-8, duplicate names,
-// known dtypes, overflow-checked sizes, no holes, no overlaps, no trailing bytes, plain tensor names.
-// Throws ModelError naming the file and tensor. Immutable and thread-safe once open.
+// known dtypes, overflow-checked sizes, no holes, no overlaps, no trailing bytes, plain tensor
+// names. Throws ModelError naming the file and tensor. Immutable and thread-safe once open.
 #pragma once
 
 #include <cstdint>

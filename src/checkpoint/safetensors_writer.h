@@ -1,5 +1,5 @@
-// Writes safetensors files. The layout is fixed before the first byte of data, so that a file can be
-// streamed, continued after a crash, and is the same bytes however it was written.
+// Writes safetensors files. The layout is fixed before the first byte of data, so that a file can
+// be streamed, continued after a crash, and is the same bytes however it was written.
 #pragma once
 
 #include <map>

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "text/text_source.h"       // TextSource, TokenSequences
-#include "tokenizer/tokenizer.h"    // Tokenizer
+#include "text/text_source.h"     // TextSource, TokenSequences
+#include "tokenizer/tokenizer.h"  // Tokenizer
 
 namespace winnow {
 
@@ -18,14 +18,15 @@ namespace winnow {
 std::vector<int64_t> NumpyPermutation(uint64_t seed, int64_t n);
 
 struct BlockOptions {
-  int64_t num_blocks = 128;   // over all sources, divided by their shares
+  int64_t num_blocks = 128;  // over all sources, divided by their shares
   int64_t block_tokens = 512;
   uint64_t seed = 42;
   std::string field = "text";  // of JSONL
 };
 
 // One entry per source, in the order given. UsageError if a source is too short, saying how many
-// blocks it gives. Id-file sources are taken row by row in order, all of them, and ignore the options.
+// blocks it gives. Id-file sources are taken row by row in order, all of them, and ignore the
+// options.
 struct SourceBlocks {
   std::string name;
   TokenSequences sequences;

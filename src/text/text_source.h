@@ -38,8 +38,8 @@ void ReadDocuments(const TextSource& source, const std::string& field,
 
 // Token sequences read from an id file. Rows of different length are possible ([N] + offsets).
 struct TokenSequences {
-  std::vector<int32_t> ids;        // all rows joined
-  std::vector<int64_t> offsets;    // [n + 1]
+  std::vector<int32_t> ids;      // all rows joined
+  std::vector<int64_t> offsets;  // [n + 1]
   int64_t size() const { return static_cast<int64_t>(offsets.size()) - 1; }
 };
 // ModelError if ids are negative or do not fit 32 bits, or offsets do not rise from 0 to N.
