@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "base/error.h"
@@ -17,6 +18,7 @@
 namespace winnow {
 namespace {
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kScoreRows = 256;  // tokens multiplied with a chunk of lm_head at once
 
 int64_t LargestTile(const TokenSet& tokens) {
@@ -34,7 +36,7 @@ std::vector<double> ScoreTokens(const Model& model, const ScoredWindows& windows
   const int64_t h = model.config().hidden_size, vocabulary = model.config().vocab_size;
   const int64_t n = windows.inputs.num_tokens();
   const std::vector<float> norm = LoadVector(model, model.final_norm());
-  std::vector<double> log_sum(static_cast<size_t>(n), -INFINITY), target(static_cast<size_t>(n), 0);
+  std::vector<double> log_sum(static_cast<size_t>(n), -kInfinity), target(static_cast<size_t>(n), 0);
   AlignedBuffer<float> normed(static_cast<size_t>(kScoreRows * h));
   AlignedBuffer<float> logits(
       static_cast<size_t>(kScoreRows * std::min(vocabulary, kVocabularyChunk)));
