@@ -13,12 +13,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <dnnl.hpp>
 #include <limits>
 #include <random>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -27,6 +25,7 @@
 #include "kernels/matmul.h"
 #include "kernels/targets.h"
 #include "machine_peak.h"
+#include "onednn_matmul.h"
 
 namespace winnow {
 namespace {
@@ -100,38 +99,26 @@ void Check(const char* what, const float* x, const WeightMatrix& w, int64_t rows
   }
 }
 
-// oneDNN's matmul primitive with weights in the layout it likes best; reordering is not timed.
-class OneDnnMatMul {
- public:
-  OneDnnMatMul(float* x, float* w, float* y, int64_t rows, int64_t n, int64_t k)
-      : engine_(dnnl::engine::kind::cpu, 0), stream_(engine_) {
-    using dnnl::memory;
-    const auto f32 = memory::data_type::f32;
-    const memory::desc x_desc({rows, k}, f32, memory::format_tag::ab);
-    const memory::desc w_desc({k, n}, f32, memory::format_tag::ba);
-    const memory::desc w_any({k, n}, f32, memory::format_tag::any);
-    const memory::desc y_desc({rows, n}, f32, memory::format_tag::ab);
-    const dnnl::matmul::primitive_desc desc(dnnl::matmul::desc(x_desc, w_any, y_desc), engine_);
-    memory weights(w_desc, engine_, w);
-    memory reordered(desc.weights_desc(), engine_);
-    dnnl::reorder(weights, reordered).execute(stream_, weights, reordered);
-    stream_.wait();
-    matmul_ = dnnl::matmul(desc);
-    arguments_ = {{DNNL_ARG_SRC, memory(x_desc, engine_, x)},
-                  {DNNL_ARG_WEIGHTS, reordered},
-                  {DNNL_ARG_DST, memory(y_desc, engine_, y)}};
+// Products of bf16 pairs, where the CPU has them: ours round X while they run, the library's X is
+// rounded beforehand.
+void BenchBf16(const char* name, const PackedRows& packed, const WeightMatrix& w, float* x,
+               float* w_floats, float* y, const Options& options, ThreadPool& pool) {
+  const int64_t rows = packed.rows(), n = w.rows, k = w.cols;
+  const bool cpu = options.threads == 1;
+  MatMul(packed, w, y, n, pool, ComputePrecision::kAuto);
+  std::vector<float> rounded(static_cast<size_t>(rows * k));
+  for (size_t i = 0; i < rounded.size(); ++i) rounded[i] = FloatFromBf16(Bf16FromFloat(x[i]));
+  Check(name, rounded.data(), w, rows, y);
+  OneDnnMatMul onednn(dnnl::memory::data_type::bf16, x, w_floats, y, rows, n, k);
+  Timer ours{cpu}, library{cpu};
+  for (int round = 0; round < options.rounds; ++round) {
+    ours.Time([&] { MatMul(packed, w, y, n, pool, ComputePrecision::kAuto); });
+    library.Time([&] { onednn.Run(); });
   }
-  void Run() {
-    matmul_.execute(stream_, arguments_);
-    stream_.wait();
-  }
-
- private:
-  dnnl::engine engine_;
-  dnnl::stream stream_;
-  dnnl::matmul matmul_;
-  std::unordered_map<int, dnnl::memory> arguments_;
-};
+  const double flops = 2.0 * static_cast<double>(rows * n) * static_cast<double>(k) * 1e-9;
+  std::printf("%-22s        | bf16 pairs %6.1f | oneDNN bf16 %6.1f | x%4.2f\n", "",
+              flops / ours.best, flops / library.best, library.best / ours.best);
+}
 
 void BenchMatMul(const char* name, int64_t rows, int64_t n, int64_t k, const Options& options,
                  ThreadPool& pool) {
@@ -149,7 +136,7 @@ void BenchMatMul(const char* name, int64_t rows, int64_t n, int64_t k, const Opt
     MatMul(packed, stored->view, y.data(), n, pool);
     Check(name, x.data(), stored->view, rows, y.data());
   }
-  OneDnnMatMul onednn(x.data(), w.data(), y.data(), rows, n, k);
+  OneDnnMatMul onednn(dnnl::memory::data_type::f32, x.data(), w.data(), y.data(), rows, n, k);
   const auto sgemm = [&] {
     dnnl_sgemm('N', 'T', rows, n, k, 1.0f, x.data(), k, w.data(), k, 0.0f, y.data(), n);
   };
@@ -183,6 +170,8 @@ void BenchMatMul(const char* name, int64_t rows, int64_t n, int64_t k, const Opt
               share(ours_bf16.best + pack.best), flops / ours_f32.best, flops / ours_f16.best);
   std::printf("oneDNN %5.1f / %5.1f OpenBLAS %5.1f | x%4.2f of best\n", flops / dnn_matmul.best,
               flops / dnn_sgemm.best, flops / blas.best, library / (ours_bf16.best + pack.best));
+  if (isa == "avx512_bf16")
+    BenchBf16(name, packed, bf16.view, x.data(), w.data(), y.data(), options, pool);
   std::fflush(stdout);
 }
 

@@ -1,7 +1,8 @@
 // A decoder layer at work: 8 x 512 tokens through attention, router and experts in the shapes of
 // published models, and the same with all experts and statistics as `winnow observe --stats full`
 // does it. Rates count every matrix product and are printed as shares of the best rate a library
-// (OpenBLAS, oneDNN, f32) reaches on the experts' shapes in the same run.
+// (OpenBLAS, oneDNN) reaches on the experts' shapes in the same run: in f32, and in bf16 on CPUs
+// that multiply pairs of bf16.
 //
 //   layer_bench [--threads=N] [--rounds=N] [--only=WORD]
 #include <cblas.h>
@@ -12,7 +13,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <dnnl.hpp>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -27,6 +27,7 @@
 #include "kernels/targets.h"
 #include "machine_peak.h"
 #include "observe/stats_collector.h"
+#include "onednn_matmul.h"
 
 namespace winnow {
 namespace {
@@ -99,7 +100,7 @@ double LayerFlop(const Shape& s, bool all_experts) {
 }
 
 // Best GFLOP/s of two libraries on one expert's three products, 512 rows each.
-double LibraryRate(const Shape& s, int threads, int rounds) {
+double LibraryRate(const Shape& s, ComputePrecision precision, int threads, int rounds) {
   const int64_t rows = 512;
   double best = 0;
   for (const auto& [n, k] : {std::pair{s.width, s.hidden}, {s.hidden, s.width}}) {
@@ -107,6 +108,14 @@ double LibraryRate(const Shape& s, int threads, int rounds) {
         y(static_cast<size_t>(rows * n));
     const double flop =
         2.0 * static_cast<double>(rows) * static_cast<double>(n) * static_cast<double>(k);
+    if (precision == ComputePrecision::kAuto) {
+      OneDnnMatMul matmul(dnnl::memory::data_type::bf16, x.data(), w.data(), y.data(), rows, n, k);
+      for (int round = 0; round < rounds; ++round) {
+        best = std::max(best, flop / SecondsOf([&] { matmul.Run(); }, threads == 1) * 1e-9);
+      }
+      continue;
+    }
+    OneDnnMatMul matmul(dnnl::memory::data_type::f32, x.data(), w.data(), y.data(), rows, n, k);
     for (int round = 0; round < rounds; ++round) {
       const double blas = SecondsOf(
           [&] {
@@ -121,17 +130,18 @@ double LibraryRate(const Shape& s, int threads, int rounds) {
             dnnl_sgemm('N', 'T', rows, n, k, 1.0f, x.data(), k, w.data(), k, 0.0f, y.data(), n);
           },
           threads == 1);
-      best = std::max({best, flop / blas * 1e-9, flop / dnnl * 1e-9});
+      const double primitive = SecondsOf([&] { matmul.Run(); }, threads == 1);
+      best = std::max({best, flop / blas * 1e-9, flop / dnnl * 1e-9, flop / primitive * 1e-9});
     }
   }
   return best;
 }
 
-void Bench(const Shape& shape, int threads, int rounds) {
+void Bench(const Shape& shape, ComputePrecision precision, int threads, int rounds) {
   ThreadPool pool(threads);
   SyntheticLayer layer(shape);
-  AttentionBlock attention(layer.config, pool);
-  FeedForwardBlock feed_forward(layer.config, pool);
+  AttentionBlock attention(layer.config, pool, precision);
+  FeedForwardBlock feed_forward(layer.config, pool, precision);
   const auto size = static_cast<size_t>(kTokens * shape.hidden);
   AlignedBuffer<float> start(size), hidden(size);
   uint64_t state = 7;
@@ -151,7 +161,7 @@ void Bench(const Shape& shape, int threads, int rounds) {
   fs::create_directories(folder);
   double best_layer = 1e30, best_observe = 1e30, library = 0;
   for (int round = 0; round < rounds; ++round) {
-    library = std::max(library, LibraryRate(shape, threads, 2));
+    library = std::max(library, LibraryRate(shape, precision, threads, 2));
     std::memcpy(hidden.data(), start.data(), start.size_bytes());
     best_layer =
         std::min(best_layer, SecondsOf(
@@ -182,7 +192,8 @@ void Bench(const Shape& shape, int threads, int rounds) {
   fs::remove_all(folder);
   const double layer_rate = LayerFlop(shape, false) / best_layer * 1e-9;
   const double observe_rate = LayerFlop(shape, true) / best_observe * 1e-9;
-  std::printf("%-14s best library GEMM %7.1f GFLOP/s\n", shape.name, library);
+  std::printf("%-14s best library GEMM %7.1f GFLOP/s, %s\n", shape.name, library,
+              precision == ComputePrecision::kAuto ? "bf16" : "f32");
   std::printf("%-14s layer             %7.1f GFLOP/s  %3.0f %% of it (goal 80 %%)\n", "",
               layer_rate, 100 * layer_rate / library);
   std::printf("%-14s observe full      %7.1f GFLOP/s  %3.0f %% of it (goal 70 %%)\n", "",
@@ -209,8 +220,9 @@ int Main(int argc, char** argv) {
       {"sample", 128, 4, 2, 32, 8, 2, 256},
   };
   for (const Shape& shape : shapes) {
-    if (std::string_view(shape.name).find(only) != std::string_view::npos)
-      Bench(shape, threads, rounds);
+    if (std::string_view(shape.name).find(only) == std::string_view::npos) continue;
+    Bench(shape, ComputePrecision::kF32, threads, rounds);
+    if (ActiveIsa() == "avx512_bf16") Bench(shape, ComputePrecision::kAuto, threads, rounds);
   }
   return 0;
 }

@@ -103,7 +103,7 @@ int RunTrace(Session& session, const TraceFlags& flags) {
   if (session.flags.dry_run) return 0;
   Trace trace(tokens.num_sequences(), row_tokens);
   LayerReader reader(model, reading);
-  LayerSweep sweep(model, tokens, session.pool(), session.control(), "trace");
+  LayerSweep sweep(model, tokens, session.pool(), session.control(), "trace", session.compute());
   HiddenStates states(n, h);
   std::vector<float> hidden(static_cast<size_t>((num_layers + 1) * n * h));
   const auto keep = [&](int64_t layer) {

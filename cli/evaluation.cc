@@ -51,6 +51,7 @@ std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
   options.memory_budget_bytes = session.memory_budget();
   options.spill_folder = spill_folder;
   options.kept_experts = kept_experts;
+  options.compute = session.compute();
   const EvalPlan plan = PlanPerplexity(model, joined, options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "eval");
   if (session.flags.dry_run) return {};

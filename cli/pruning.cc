@@ -17,7 +17,7 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
                            const std::vector<SourceBlocks>& sources, ObserveOptions& options,
                            const std::string& output) {
   options.memory_budget_bytes = session.memory_budget();
-  options.compute = session.flags.compute;
+  options.compute = session.compute();
   options.resume = session.flags.resume;
   const int threads = session.pool().num_threads();
   std::optional<ObservePlan> plan;

@@ -127,6 +127,10 @@ void Session::PrintUsage() {
                    FormatBytes(BytesReadByProcess()), FormatSeconds(seconds())));
 }
 
+ComputePrecision Session::compute() const {
+  return flags.compute == "f32" ? ComputePrecision::kF32 : ComputePrecision::kAuto;
+}
+
 double Session::seconds() const {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
 }
@@ -136,7 +140,7 @@ void Session::AddComputeFlags(CLI::App& verb) {
       ->check(CLI::Range(0, 1024));
   verb.add_option("--max-memory", flags.max_memory,
                   "Memory budget, e.g. 4G (default: 80 % of what is free)");
-  verb.add_option("--compute", flags.compute, "f32: plain f32; auto: fastest of this CPU")
+  verb.add_option("--compute", flags.compute, "f32, or auto: bf16 activations where that is faster")
       ->check(CLI::IsMember({"f32", "auto"}));
   verb.add_option("--isa", flags.isa,
                   "Pin the kernels to one instruction set (see `winnow doctor`)");

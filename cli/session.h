@@ -14,6 +14,7 @@
 #include "base/memory.h"       // MemoryPlan
 #include "base/progress.h"     // JobControl
 #include "base/thread_pool.h"  // ThreadPool
+#include "kernels/matmul.h"    // ComputePrecision
 
 namespace winnow::cli {
 
@@ -57,6 +58,7 @@ class Session {
 
   ThreadPool& pool();
   const JobControl& control() const { return control_; }
+  ComputePrecision compute() const;
   // --max-memory or its default.
   uint64_t memory_budget() const;
   // Prints the plan with -v or --dry-run and refuses (exit 4) what does not fit.

@@ -36,7 +36,8 @@ std::vector<double> ScoreTokens(const Model& model, const ScoredWindows& windows
   const int64_t h = model.config().hidden_size, vocabulary = model.config().vocab_size;
   const int64_t n = windows.inputs.num_tokens();
   const std::vector<float> norm = LoadVector(model, model.final_norm());
-  std::vector<double> log_sum(static_cast<size_t>(n), -kInfinity), target(static_cast<size_t>(n), 0);
+  std::vector<double> log_sum(static_cast<size_t>(n), -kInfinity),
+      target(static_cast<size_t>(n), 0);
   AlignedBuffer<float> normed(static_cast<size_t>(kScoreRows * h));
   AlignedBuffer<float> logits(
       static_cast<size_t>(kScoreRows * std::min(vocabulary, kVocabularyChunk)));
@@ -126,7 +127,7 @@ PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
   }
   {
     LayerReader reader(model, {.prefetch = plan.prefetch, .kept_experts = options.kept_experts});
-    LayerSweep sweep(model, windows.inputs, pool, control, "eval");
+    LayerSweep sweep(model, windows.inputs, pool, control, "eval", options.compute);
     sweep.Embed(*states);
     for (int64_t layer = 0; layer < model.config().num_layers(); ++layer) {
       sweep.RunLayer(layer, reader.Get(layer), *states, nullptr);

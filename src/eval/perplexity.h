@@ -13,6 +13,7 @@
 #include "base/progress.h"        // JobControl
 #include "base/thread_pool.h"     // ThreadPool
 #include "forward/token_set.h"    // TokenSet
+#include "kernels/matmul.h"       // ComputePrecision
 #include "model/model.h"          // Model
 #include "text/text_source.h"     // TextSource
 #include "tokenizer/tokenizer.h"  // Tokenizer
@@ -68,6 +69,7 @@ struct EvalOptions {
   uint64_t memory_budget_bytes = 0;
   fs::path spill_folder = {};  // where the stream goes if the budget does not hold it
   std::vector<std::vector<int32_t>> kept_experts = {};
+  ComputePrecision compute = ComputePrecision::kF32;  // of the layers; lm_head is always f32
 };
 
 struct EvalPlan {

@@ -42,9 +42,11 @@ struct AttentionBlock::Head {
   int64_t num_keys = 0;  // the last num_queries of them are the queries' own
 };
 
-AttentionBlock::AttentionBlock(const ModelConfig& config, ThreadPool& pool)
+AttentionBlock::AttentionBlock(const ModelConfig& config, ThreadPool& pool,
+                               ComputePrecision precision)
     : config_(config),
       pool_(pool),
+      precision_(precision),
       rope_(config.rope, config.head_dim),
       workers_(static_cast<size_t>(pool.num_threads())) {}
 
@@ -58,9 +60,9 @@ void AttentionBlock::Project(const LayerWeights& weights, int64_t n, const float
   Grow(v_, n * kvw);
   RmsNorm(hidden, n, h, h, weights.input_norm.data(), config_.rms_norm_eps, normed_.data(), h);
   packed_.Pack(normed_.data(), n, h, h, pool_);
-  MatMul(packed_, weights.q, q_.data(), qw, pool_);
-  MatMul(packed_, weights.k, k_.data(), kvw, pool_);
-  MatMul(packed_, weights.v, v_.data(), kvw, pool_);
+  MatMul(packed_, weights.q, q_.data(), qw, pool_, precision_);
+  MatMul(packed_, weights.k, k_.data(), kvw, pool_, precision_);
+  MatMul(packed_, weights.v, v_.data(), kvw, pool_, precision_);
 }
 
 void AttentionBlock::NormAndRotate(const LayerWeights& weights, int64_t n,
@@ -146,7 +148,7 @@ void AttentionBlock::Output(const LayerWeights& weights, int64_t n, float* hidde
   const int64_t h = config_.hidden_size, qw = config_.query_width();
   packed_.Pack(attended_.data(), n, qw, qw, pool_);
   Grow(projected_, n * h);
-  MatMul(packed_, weights.o, projected_.data(), h, pool_);
+  MatMul(packed_, weights.o, projected_.data(), h, pool_, precision_);
   constexpr int64_t kRows = 64;
   pool_.Run((n + kRows - 1) / kRows, [&](int64_t task, int) {
     const int64_t end = std::min(n, (task + 1) * kRows);

@@ -19,7 +19,8 @@ namespace winnow {
 
 class AttentionBlock {
  public:
-  AttentionBlock(const ModelConfig& config, ThreadPool& pool);
+  AttentionBlock(const ModelConfig& config, ThreadPool& pool,
+                 ComputePrecision precision = ComputePrecision::kF32);
   ~AttentionBlock();
 
   // hidden [n, hidden_size], n = sum of `lengths`, sequences one after the other, positions from 0.
@@ -44,6 +45,7 @@ class AttentionBlock {
 
   const ModelConfig& config_;
   ThreadPool& pool_;
+  const ComputePrecision precision_;
   RopeTable rope_;
   AlignedBuffer<float> normed_, q_, k_, v_, attended_, projected_;
   PackedRows packed_;

@@ -32,8 +32,9 @@ void ForRows(ThreadPool& pool, int64_t n, const Body& body) {
 
 }  // namespace
 
-FeedForwardBlock::FeedForwardBlock(const ModelConfig& config, ThreadPool& pool)
-    : config_(config), pool_(pool) {}
+FeedForwardBlock::FeedForwardBlock(const ModelConfig& config, ThreadPool& pool,
+                                   ComputePrecision precision)
+    : config_(config), pool_(pool), precision_(precision) {}
 
 int64_t FeedForwardBlock::ChunkTokens(const ModelConfig& config, const LayerConfig& layer,
                                       bool all_experts) {
@@ -150,10 +151,10 @@ void FeedForwardBlock::SwiGluMlp(const FeedForwardWeights& weights, const Packed
   const int64_t rows = x.rows(), width = weights.width();
   Grow(gate_, rows * width);
   Grow(up_, rows * width);
-  MatMul(x, weights.gate, gate_.data(), width, pool_);
-  MatMul(x, weights.up, up_.data(), width, pool_);
+  MatMul(x, weights.gate, gate_.data(), width, pool_, precision_);
+  MatMul(x, weights.up, up_.data(), width, pool_, precision_);
   packed_inner_.PackSwiGlu(gate_.data(), up_.data(), rows, width, width, pool_);
-  MatMul(packed_inner_, weights.down, y, ld, pool_);
+  MatMul(packed_inner_, weights.down, y, ld, pool_, precision_);
 }
 
 void FeedForwardBlock::RouteGathered(const LayerWeights& weights, int64_t n, bool keep_outputs) {

@@ -26,7 +26,8 @@ struct FeedForwardCall {
 
 class FeedForwardBlock {
  public:
-  FeedForwardBlock(const ModelConfig& config, ThreadPool& pool);
+  FeedForwardBlock(const ModelConfig& config, ThreadPool& pool,
+                   ComputePrecision precision = ComputePrecision::kF32);
 
   // hidden [n, hidden_size] in place. The layer is a MoE layer iff weights.router is set.
   void Run(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);
@@ -47,6 +48,7 @@ class FeedForwardBlock {
 
   const ModelConfig& config_;
   ThreadPool& pool_;
+  const ComputePrecision precision_;
   PackedRows packed_input_, packed_rows_, packed_inner_;
   AlignedBuffer<float> normed_, logits_, weights_, routed_, output_, shared_gate_;
   AlignedBuffer<float> gate_, up_, rows_, expert_outputs_, selected_;

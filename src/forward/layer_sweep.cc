@@ -22,14 +22,14 @@ std::vector<SequenceTile> SplitIntoTiles(const TokenSet& tokens, int64_t tile_to
 }
 
 LayerSweep::LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,
-                       const JobControl& control, std::string stage)
+                       const JobControl& control, std::string stage, ComputePrecision precision)
     : model_(model),
       tokens_(tokens),
       control_(control),
       stage_(std::move(stage)),
       tiles_(SplitIntoTiles(tokens, kTileTokens)),
-      attention_(model.config(), pool),
-      feed_forward_(model.config(), pool),
+      attention_(model.config(), pool, precision),
+      feed_forward_(model.config(), pool, precision),
       work_total_(tokens.num_tokens() * model.config().num_layers()) {}
 
 void LayerSweep::Embed(HiddenStates& states) {

@@ -26,7 +26,8 @@ inline constexpr int64_t kTileTokens = 4096;
 class LayerSweep {
  public:
   LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,
-             const JobControl& control, std::string stage);
+             const JobControl& control, std::string stage,
+             ComputePrecision precision = ComputePrecision::kF32);
 
   const std::vector<SequenceTile>& tiles() const { return tiles_; }
   // Embedding rows of all tokens into the stream.

@@ -106,14 +106,5 @@ void MatMulBf16(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld
   });
 }
 
-void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool,
-            bool allow_bf16_activations) {
-  if (allow_bf16_activations && w.dtype == Dtype::kBF16 && Bf16DotsSelected()) {
-    MatMulBf16(x, w, y, ld_y, pool, Bf16TileAvx512);
-  } else {
-    MatMul(x, w, y, ld_y, pool);
-  }
-}
-
 }  // namespace winnow
 #endif  // HWY_ONCE

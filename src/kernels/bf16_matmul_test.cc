@@ -179,8 +179,8 @@ TEST_P(Bf16MatMulTest, FlagNeverTouchesOtherInstructionSetsOrFormats) {
     std::vector<float> not_allowed = plain;
     std::vector<float> allowed = plain;
     MatMul(packed, w.view(), plain.data(), n, pool);
-    MatMul(packed, w.view(), not_allowed.data(), n, pool, false);
-    MatMul(packed, w.view(), allowed.data(), n, pool, true);
+    MatMul(packed, w.view(), not_allowed.data(), n, pool, ComputePrecision::kF32);
+    MatMul(packed, w.view(), allowed.data(), n, pool, ComputePrecision::kAuto);
     EXPECT_TRUE(SameBits(not_allowed, plain));
     const bool dots = GetParam() == "avx512_bf16" && dtype == Dtype::kBF16;
     EXPECT_EQ(SameBits(allowed, plain), !dots);

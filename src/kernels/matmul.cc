@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/bf16_tile.h"    // MatMulBf16
 #include "kernels/matmul_task.h"  // MatMulTask
 #include "kernels/tile_shape.h"   // kBlockColumns
 
@@ -60,7 +61,11 @@ HWY_EXPORT(RunMatMulTask);
 
 }  // namespace
 
-void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool) {
+void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool,
+            ComputePrecision precision) {
+  if (precision == ComputePrecision::kAuto && w.dtype == Dtype::kBF16 && Bf16DotsSelected()) {
+    return MatMulBf16(x, w, y, ld_y, pool, Bf16TileAvx512);
+  }
   const std::vector<MatMulTask> tasks = MakeMatMulTasks(x, w, y, ld_y, pool.num_threads());
   pool.Run(static_cast<int64_t>(tasks.size()), [&](int64_t task, int) {
     HWY_DYNAMIC_DISPATCH(RunMatMulTask)(tasks[static_cast<size_t>(task)]);

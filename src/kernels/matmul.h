@@ -49,14 +49,18 @@ class PackedRows {
   int64_t panel_rows_ = 0;
 };
 
-// y[i, j] = sum_k x[i, k] w[j, k]; y has row stride ld_y >= w.rows. Overwrites y.
-void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool);
+enum class ComputePrecision {
+  // Activations stay f32, as in the reference implementations in f32.
+  kF32,
+  // Against bf16 weights activations are rounded to bf16 (8 bits of precision) where "avx512_bf16"
+  // is the instruction set in use: products of pairs at twice the rate. Everywhere else as kF32.
+  kAuto,
+};
 
-// With `allow_bf16_activations` and a bf16 weight, X is rounded to bf16 (8 bits of precision) where
-// "avx512_bf16" is the instruction set in use: products of pairs at twice the rate. Everywhere else
-// the same as above. The promise of the file's head holds for each of the two ways.
+// y[i, j] = sum_k x[i, k] w[j, k]; y has row stride ld_y >= w.rows. Overwrites y. The promise of
+// the file's head holds for each precision.
 void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool,
-            bool allow_bf16_activations);
+            ComputePrecision precision = ComputePrecision::kF32);
 
 // MatMul in f32 for one caller thread, for use inside a task of a pool (attention heads).
 void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);

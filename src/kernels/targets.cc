@@ -66,7 +66,8 @@ std::vector<int64_t> RunnableTargets() {
 }  // namespace
 
 bool Bf16DotsSelected() {
-  return ActiveIsa() == kBf16Name;
+  return bf16_dots_wanted.load() && HWY_DYNAMIC_DISPATCH(CompiledTarget)() <= HWY_AVX3 &&
+         CpuHasBf16Dots();
 }
 
 std::vector<std::string> SupportedIsas() {
@@ -75,11 +76,12 @@ std::vector<std::string> SupportedIsas() {
     const std::string name = NameOfTarget(target);
     if (names.empty() || names.front() != name) names.insert(names.begin(), name);
   }
+  if (names.back() == "avx512" && CpuHasBf16Dots()) names.emplace_back(kBf16Name);
   return names;
 }
 
 std::string ActiveIsa() {
-  return NameOfTarget(HWY_DYNAMIC_DISPATCH(CompiledTarget)());
+  return Bf16DotsSelected() ? kBf16Name : NameOfTarget(HWY_DYNAMIC_DISPATCH(CompiledTarget)());
 }
 
 void SelectIsa(std::string_view name) {

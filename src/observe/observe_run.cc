@@ -138,7 +138,7 @@ class Observer {
         folder_(folder),
         pool_(pool),
         reader_(model, {.prefetch = plan.prefetch, .kept_experts = options.kept_experts}),
-        sweep_(model, tokens, pool, control, "observe") {
+        sweep_(model, tokens, pool, control, "observe", options.compute) {
     intact_ = MakeStream("stream");
     if (two_streams()) drifted_ = MakeStream("drifted");
   }
@@ -291,7 +291,7 @@ StatsInfo MakeInfo(const Model& model, const std::vector<SourceBlocks>& sources,
     }
   }
   info.level = level;
-  info.compute = options.compute;
+  info.compute = options.compute == ComputePrecision::kF32 ? "f32" : "auto";
   info.isa = ActiveIsa();
   info.batch = options.batch;
   info.progressive_keep = options.progressive_keep;

@@ -13,6 +13,7 @@
 #include "base/memory.h"         // MemoryPlan
 #include "base/progress.h"       // JobControl
 #include "base/thread_pool.h"    // ThreadPool
+#include "kernels/matmul.h"      // ComputePrecision
 #include "model/model.h"         // Model
 #include "observe/stats_info.h"  // StatsInfo, StatsLevel
 #include "text/block_builder.h"  // SourceBlocks
@@ -26,7 +27,7 @@ using ChooseSurvivors = std::function<std::vector<int32_t>(
 struct ObserveOptions {
   std::optional<StatsLevel> level = {};  // nothing: full if it fits disk and budget, else routed
   int64_t batch = 8;
-  std::string compute = "auto";
+  ComputePrecision compute = ComputePrecision::kF32;
   // Two-stream sweep: survivors per MoE layer; `choose` must be set too.
   std::optional<int64_t> progressive_keep = {};
   ChooseSurvivors choose = {};
