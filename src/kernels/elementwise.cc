@@ -195,11 +195,11 @@ void WidenRowAs(const std::byte* row, int64_t n, float* out) {
 
 void WidenRowTarget(const WeightMatrix& w, int64_t row, float* out) {
   if (w.dtype == Dtype::kF32) {
-    WidenRowAs<Dtype::kF32>(w.data + row * w.cols * 4, w.cols, out);
+    WidenRowAs<Dtype::kF32>(w.data + row * w.stride() * 4, w.cols, out);
   } else if (w.dtype == Dtype::kBF16) {
-    WidenRowAs<Dtype::kBF16>(w.data + row * w.cols * 2, w.cols, out);
+    WidenRowAs<Dtype::kBF16>(w.data + row * w.stride() * 2, w.cols, out);
   } else {
-    WidenRowAs<Dtype::kF16>(w.data + row * w.cols * 2, w.cols, out);
+    WidenRowAs<Dtype::kF16>(w.data + row * w.stride() * 2, w.cols, out);
   }
 }
 

@@ -276,6 +276,32 @@ TEST_P(MatMulTest, NothingToDo) {
   EXPECT_EQ(y[1], 0);
 }
 
+// Rows that are the first columns of longer ones: keys and values in a cache.
+TEST_P(MatMulTest, RowsMayBeParts) {
+  ThreadPool pool(1);
+  const int64_t rows = 9, n = 37, k = 300, stride = 517;
+  const std::vector<float> x = Normals(rows * k, 1), wide = Normals(n * stride, 2);
+  PackedRows packed;
+  packed.Pack(x.data(), rows, k, k, pool);
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16, Dtype::kF16}) {
+    std::vector<float> narrow;
+    for (int64_t j = 0; j < n; ++j) {
+      narrow.insert(narrow.end(), wide.begin() + j * stride, wide.begin() + j * stride + k);
+    }
+    const StoredWeight parts(wide, n, stride, dtype), whole(narrow, n, k, dtype);
+    WeightMatrix view = parts.view();
+    view.cols = k;
+    view.row_stride = stride;
+    std::vector<float> got(static_cast<size_t>(rows * n)), expected(got.size());
+    MatMul(packed, view, got.data(), n, pool);
+    MatMul(packed, whole.view(), expected.data(), n, pool);
+    EXPECT_TRUE(SameBits(got, expected));
+    MatVec(x.data(), 3, view, got.data(), n, pool);
+    MatVec(x.data(), 3, whole.view(), expected.data(), n, pool);
+    EXPECT_TRUE(SameBits(got, expected));
+  }
+}
+
 TEST_P(MatMulTest, KeepsItsBufferForSmallerPacks) {
   ThreadPool pool(1);
   const std::vector<float> x = Normals(50 * 40, 1);

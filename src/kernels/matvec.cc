@@ -47,13 +47,12 @@ void InterleaveRows(const float* x, int64_t rows, int64_t k, float* out) {
 // W's row to fetch meanwhile with the kWRows - 1 after it: rows end before the hardware has learned
 // to run ahead.
 template <Dtype kDtype, size_t kXRows, size_t kWRows>
-HWY_INLINE void Dots(const float* HWY_RESTRICT x, int64_t k, const std::byte* w,
+HWY_INLINE void Dots(const float* HWY_RESTRICT x, int64_t k, const std::byte* w, size_t row_bytes,
                      const std::byte* ahead, float* HWY_RESTRICT y, int64_t ld_y) {
   const DF d;
   constexpr size_t kElement = kElementBytes<kDtype>;
   constexpr size_t kLineColumns = HWY_MAX(64 / kElement, kLanes);
   const auto columns = static_cast<size_t>(k);
-  const size_t row_bytes = columns * kElement;
   VF sums[kXRows * kWRows];
   HWY_UNROLL(12)
   for (VF& sum : sums) sum = hn::Zero(d);
@@ -101,17 +100,17 @@ template <Dtype kDtype, size_t kXRows, size_t kWRows>
 HWY_NOINLINE void DotRows(const float* x, const WeightMatrix& w, int64_t first, int64_t end,
                           float* y, int64_t ld_y) {
   constexpr auto kStep = static_cast<int64_t>(kWRows);
-  const int64_t row_bytes = w.cols * static_cast<int64_t>(kElementBytes<kDtype>);
+  const int64_t row_bytes = w.stride() * static_cast<int64_t>(kElementBytes<kDtype>);
   int64_t j = first;
   for (; j + kStep <= end; j += kStep) {
     const std::byte* rows = w.data + j * row_bytes;
     const bool more = j + 2 * kStep <= w.rows;
-    Dots<kDtype, kXRows, kWRows>(x, w.cols, rows, more ? rows + kStep * row_bytes : rows, y + j,
-                                 ld_y);
+    Dots<kDtype, kXRows, kWRows>(x, w.cols, rows, static_cast<size_t>(row_bytes),
+                                 more ? rows + kStep * row_bytes : rows, y + j, ld_y);
   }
   for (; j < end; ++j) {
     const std::byte* row = w.data + j * row_bytes;
-    Dots<kDtype, kXRows, 1>(x, w.cols, row, row, y + j, ld_y);
+    Dots<kDtype, kXRows, 1>(x, w.cols, row, static_cast<size_t>(row_bytes), row, y + j, ld_y);
   }
 }
 

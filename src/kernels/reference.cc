@@ -21,7 +21,7 @@ void MatMulReference(const float* x, int64_t rows, int64_t ld_x, const WeightMat
     for (int64_t j = 0; j < w.rows; ++j) {
       double sum = 0;
       for (int64_t k = 0; k < w.cols; ++k) {
-        const auto index = static_cast<size_t>(j * w.cols + k);
+        const auto index = static_cast<size_t>(j * w.stride() + k);
         sum += Widened(x[i * ld_x + k]) * Widened(LoadAsFloat(w.dtype, w.data, index));
       }
       y[i * ld_y + j] = static_cast<float>(sum);

@@ -31,7 +31,7 @@ class TilePrefetch {
     const int64_t next_k = last ? std::min(first_k + kBlockColumns, w.cols) : first_k;
     const int64_t panels = task.end_panel - task.first_panel;
     const int64_t element_bytes = w.dtype == Dtype::kF32 ? 4 : 2;
-    row_bytes_ = w.cols * element_bytes;
+    row_bytes_ = w.stride() * element_bytes;
     next_ = w.data + row * row_bytes_ + next_k * element_bytes;
     line_ = 0;
     lines_per_row_ = std::min(kBlockColumns, w.cols - next_k) * element_bytes / 64 + 1;

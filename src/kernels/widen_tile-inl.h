@@ -194,7 +194,7 @@ HWY_INLINE void TileRowPointers(const WeightMatrix& w, int64_t first_row, int64_
   const int64_t element_bytes = w.dtype == Dtype::kF32 ? 4 : 2;
   for (size_t r = 0; r < kTileColumns; ++r) {
     const int64_t row = std::min(first_row + static_cast<int64_t>(r), w.rows - 1);
-    rows[r] = w.data + (row * w.cols + first_column) * element_bytes;
+    rows[r] = w.data + (row * w.stride() + first_column) * element_bytes;
   }
 }
 
