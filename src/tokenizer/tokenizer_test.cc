@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -104,22 +103,6 @@ TEST_P(StyleTest, LongRunsOfOneThingEncode) {
     EXPECT_FALSE(ids.empty());
     EXPECT_LT(ids.size(), 2 * text.size());
   }
-}
-
-TEST_P(StyleTest, SeveralThreadsGetTheSameIds) {
-  const std::vector<Json> lines = ReadLines(folder_ / "golden.jsonl");
-  std::vector<int> wrong(4, 0);
-  std::vector<std::thread> threads;
-  for (int& count : wrong) {
-    threads.emplace_back([&] {
-      for (const Json& line : lines) {
-        count += tokenizer_.Encode(line["text"].get<std::string>(), true) !=
-                 line["ids_special"].get<Ids>();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  EXPECT_EQ(wrong, std::vector<int>(4, 0));
 }
 
 INSTANTIATE_TEST_SUITE_P(All, StyleTest, testing::ValuesIn(kStyles), [](const auto& style) {
