@@ -35,13 +35,15 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
     options.choose = [&session, &flags](const fs::path& folder, const StatsInfo& info,
                                         const StatsLayer& layer) {
       const LayerStatsReader records(folder, info, layer);
-      return ChooseNaee(records, info, layer, flags.keep, session.pool(), session.control()).kept;
+      return ChooseNaee(records, info, layer, {.keep = flags.keep}, session.pool(),
+                        session.control())
+          .kept;
     };
   }
   const std::vector<SourceBlocks> sources =
       LoadCalibration(session, model, flags.model, flags.calibration);
   const ObservePlan plan = PrepareObserve(session, model, sources, options, stats.string());
-  CheckNaee(plan.info, flags.keep);
+  CheckNaee(plan.info, {.keep = flags.keep});
   if (session.flags.dry_run) return plan.info;
   if (session.flags.resume && fs::exists(stats / "stats.json")) {
     const StatsInfo finished = ReadStatsInfo(stats);
@@ -75,7 +77,8 @@ int RunCompress(Session& session, CompressFlags& flags) {
   const StatsInfo info = Observe(session, flags, model, stats);
   if (session.flags.dry_run) return 0;
   ReportCoverage(session, stats, info);
-  const CompressionPlan plan = MakeNaeePlan(session, stats, info, flags.keep, flags.target);
+  const CompressionPlan plan =
+      MakeNaeePlan(session, stats, info, {.keep = flags.keep}, flags.target);
   session.Note(DescribePlan(plan));
   ApplyOptions options;
   options.resume = session.flags.resume;

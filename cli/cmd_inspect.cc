@@ -102,16 +102,17 @@ int RunInspect(Session& session, const std::string& folder) {
   session.Print(fmt::format(
       "  memory      observe {} (128 blocks of 512), run {} (2,048 tokens), apply < 300 MiB",
       FormatBytes(observe), FormatBytes(generate)));
-  if (!exact.empty()) {
-    session.Print(fmt::format("  can do      NAEE pruning, exact, keeping {} to {} of {} experts",
-                              exact.front(), exact.back(), experts));
-    session.Print("  sizes       keep   weights   of the original");
-    size_t shown = 0;
-    for (auto keep = exact.rbegin(); keep != exact.rend() && shown < 6; ++keep, ++shown) {
-      const uint64_t left =
-          total - moe.size() * static_cast<uint64_t>(experts - *keep) * one_expert;
-      session.Print(fmt::format("              {:>4} {:>9}   {:.0f} %", *keep, FormatBytes(left),
-                                percent(left)));
+  if (experts > k) {
+    session.Print(fmt::format("  can do      NAEE pruning, keeping {} to {} of {} experts", k,
+                              experts - 1, experts));
+    session.Print("  sizes       keep   weights   of the original   subsets searched by");
+    const int64_t step = std::max<int64_t>(1, experts / 8);
+    for (int64_t keep = experts - step; keep >= std::max(k, experts / 4); keep -= step) {
+      const uint64_t left = total - moe.size() * static_cast<uint64_t>(experts - keep) * one_expert;
+      const bool enumerates = BinomialCoefficient(experts, keep) <= kMaxSubsets;
+      session.Print(fmt::format("              {:>4} {:>9}   {:>3.0f} %             {}", keep,
+                                FormatBytes(left), percent(left),
+                                enumerates ? "enumeration" : "elimination and exchanges"));
     }
   }
   for (const std::string& finding : model.findings()) session.Print("  finding     " + finding);

@@ -36,13 +36,15 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
     options.choose = [&session, &flags](const fs::path& folder, const StatsInfo& info,
                                         const StatsLayer& layer) {
       const LayerStatsReader records(folder, info, layer);
-      return ChooseNaee(records, info, layer, flags.keep, session.pool(), session.control()).kept;
+      return ChooseNaee(records, info, layer, {.keep = flags.keep}, session.pool(),
+                        session.control())
+          .kept;
     };
   }
   const std::vector<SourceBlocks> sources =
       LoadCalibration(session, model, flags.model, flags.calibration);
   const ObservePlan plan = PrepareObserve(session, model, sources, options, flags.output);
-  if (flags.progressive) CheckNaee(plan.info, flags.keep);
+  if (flags.progressive) CheckNaee(plan.info, {.keep = flags.keep});
   if (session.flags.dry_run) return 0;
   const double start = session.seconds();
   const ObserveResult result =

@@ -13,10 +13,16 @@ namespace winnow::cli {
 namespace {
 
 struct PlanFlags {
-  std::string stats, output, method = "naee", target = "transformers";
+  std::string stats, output, method = "naee", search = "auto", target = "transformers";
   int64_t keep = 0;
   double ratio = 0;
 };
+
+SubsetSearch ParseSearch(const std::string& name) {
+  if (name == "enumerate") return SubsetSearch::kEnumerate;
+  if (name == "eliminate") return SubsetSearch::kEliminate;
+  return SubsetSearch::kAuto;
+}
 
 int RunPlan(Session& session, PlanFlags& flags) {
   if (flags.method != "naee") {
@@ -34,7 +40,8 @@ int RunPlan(Session& session, PlanFlags& flags) {
     session.Note(fmt::format("removing {:.0f} % of {} experts: keeping {}", 100 * flags.ratio,
                              experts, keep));
   }
-  const CompressionPlan plan = MakeNaeePlan(session, flags.stats, info, keep, flags.target);
+  const NaeeOptions options{.keep = keep, .search = ParseSearch(flags.search)};
+  const CompressionPlan plan = MakeNaeePlan(session, flags.stats, info, options, flags.target);
   const OrderedJson json = PlanToJson(plan);
   if (!flags.output.empty() && !session.flags.dry_run) {
     WriteFileAtomically(flags.output, json.dump(1) + "\n");
@@ -54,8 +61,10 @@ void AddPlan(CLI::App& app, Session& session) {
   auto flags = std::make_shared<PlanFlags>();
   CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
   verb->add_option("STATS", flags->stats, "Statistics folder")->required();
-  verb->add_option("--method", flags->method,
-                   "naee: least loss of the layer's output, by enumeration");
+  verb->add_option("--method", flags->method, "naee: least loss of the layer's output");
+  verb->add_option("--search", flags->search,
+                   "enumerate, eliminate (then exchanges), or auto: by the number of subsets")
+      ->check(CLI::IsMember({"auto", "enumerate", "eliminate"}));
   verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(CLI::PositiveNumber);
   verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
       ->check(CLI::Range(0.001, 0.999));

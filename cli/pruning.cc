@@ -78,11 +78,12 @@ OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsI
 }
 
 CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const StatsInfo& info,
-                             int64_t keep, const std::string& target) {
-  CheckNaee(info, keep);
+                             NaeeOptions options, const std::string& target) {
+  CheckNaee(info, options);
   CompressionPlan plan;
   plan.method = "naee";
-  plan.search = "enumeration";
+  const SubsetSearch search = ResolveSearch(options, info.layers.front());
+  plan.search = search == SubsetSearch::kEnumerate ? "enumeration" : "elimination and exchanges";
   plan.objective = info.progressive_keep ? "progressive" : "unsquared";
   plan.model_type = info.model_type;
   plan.model_fingerprint = info.model_fingerprint;
@@ -91,21 +92,17 @@ CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const Stat
   plan.calibration_tokens = info.num_tokens();
   plan.bytes_before = info.model_bytes;
   plan.bytes_after = info.model_bytes;
-  int64_t largest_batch = 0, experts = 0;
-  for (const int64_t tokens : info.BatchTokens()) largest_batch = std::max(largest_batch, tokens);
-  for (const StatsLayer& layer : info.layers) experts = std::max(experts, layer.num_experts);
   MemoryPlan memory;
   memory.Add("program", kProgramBytes);
-  memory.Add("records of a batch",
-             static_cast<uint64_t>(largest_batch) *
-                 static_cast<uint64_t>(experts * (experts + 1) / 2 * 4 + experts * 20));
+  memory.Add("records of a batch", NaeeBytes(info, options));
   session.RequireMemory(memory, "plan");
+  options.memory_budget_bytes = session.memory_budget() - memory.total_bytes();
   for (size_t i = 0; i < info.layers.size(); ++i) {
     const StatsLayer& layer = info.layers[i];
     const LayerStatsReader records(stats, info, layer);
     plan.layers.push_back(
-        ChooseNaee(records, info, layer, keep, session.pool(), session.control()));
-    const auto gone = static_cast<uint64_t>(layer.num_experts - keep);
+        ChooseNaee(records, info, layer, options, session.pool(), session.control()));
+    const auto gone = static_cast<uint64_t>(layer.num_experts - options.keep);
     plan.bytes_after -= std::min(plan.bytes_after, gone * layer.expert_bytes);
     session.control().Report(
         {.stage = "plan",

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "apply/checkpoint_rewriter.h"  // RewritePlan, ApplyOptions
+#include "methods/naee.h"               // NaeeOptions
 #include "observe/observe_run.h"        // ObserveOptions, ObservePlan
 #include "plan/compression_plan.h"      // CompressionPlan
 #include "session.h"                    // Session
@@ -18,9 +19,9 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
 // Coverage of every MoE layer as JSON; warns with the names of experts no token reached.
 OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsInfo& info);
 
-// The survivors chosen by NAEE for every layer.
+// The survivors chosen by NAEE for every layer. Sets options.memory_budget_bytes.
 CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const StatsInfo& info,
-                             int64_t keep, const std::string& target);
+                             NaeeOptions options, const std::string& target);
 // A short table of a plan, for people.
 std::string DescribePlan(const CompressionPlan& plan);
 

@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/units.h"
+#include "methods/naee_search.h"
 
 namespace winnow {
 namespace {
@@ -243,6 +244,25 @@ class Batch {
   std::vector<double> intact_norm_;               // [n]
 };
 
+// `second`: the loss of the next best set, infinite if there is none.
+LayerPlan MakeLayerPlan(const StatsLayer& layer, const std::vector<int32_t>& kept, double loss,
+                        double second) {
+  if (!std::isfinite(loss)) {
+    throw ModelError(fmt::format("layer {}: the statistics are not finite", layer.layer),
+                     "the weights hold NaN or Inf: see winnow doctor MODEL");
+  }
+  LayerPlan plan;
+  plan.layer = layer.layer;
+  plan.num_experts = layer.num_experts;
+  plan.kept = kept;
+  for (int32_t e = 0; e < layer.num_experts; ++e) {
+    if (!std::binary_search(kept.begin(), kept.end(), e)) plan.dropped.push_back(e);
+  }
+  plan.loss = loss;
+  if (std::isfinite(second) && loss > 0) plan.margin = (second - loss) / loss;
+  return plan;
+}
+
 }  // namespace
 
 uint64_t BinomialCoefficient(int64_t n, int64_t k) {
@@ -259,7 +279,31 @@ uint64_t BinomialCoefficient(int64_t n, int64_t k) {
   return result;
 }
 
-void CheckNaee(const StatsInfo& info, int64_t keep) {
+SubsetSearch ResolveSearch(const NaeeOptions& options, const StatsLayer& layer) {
+  if (options.search != SubsetSearch::kAuto) return options.search;
+  return BinomialCoefficient(layer.num_experts, options.keep) <= kMaxSubsets
+             ? SubsetSearch::kEnumerate
+             : SubsetSearch::kEliminate;
+}
+
+uint64_t NaeeBytes(const StatsInfo& info, const NaeeOptions& options) {
+  int64_t largest_batch = 0;
+  for (const int64_t tokens : info.BatchTokens()) largest_batch = std::max(largest_batch, tokens);
+  uint64_t largest = 0;
+  for (const StatsLayer& layer : info.layers) {
+    const int64_t experts = layer.num_experts;
+    uint64_t bytes = static_cast<uint64_t>(largest_batch) *
+                     static_cast<uint64_t>(experts * (experts + 1) / 2 * 4 + experts * 20);
+    if (ResolveSearch(options, layer) == SubsetSearch::kEliminate) {
+      bytes += NaeeSearchBytes(info, layer);
+    }
+    largest = std::max(largest, bytes);
+  }
+  return largest;
+}
+
+void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
+  const int64_t keep = options.keep;
   if (info.level != StatsLevel::kFull) {
     throw UsageError(
         fmt::format("NAEE needs the outputs of all experts; these statistics have level {}",
@@ -284,22 +328,28 @@ void CheckNaee(const StatsInfo& info, int64_t keep) {
                                    layer.layer, layer.num_experts));
     }
     const uint64_t subsets = BinomialCoefficient(layer.num_experts, keep);
-    if (subsets > kMaxSubsets) {
+    if (options.search == SubsetSearch::kEnumerate && subsets > kMaxSubsets) {
       throw UsageError(
           fmt::format(
               "keeping {} of {} experts means {} subsets a layer, more than the {} that are "
               "enumerated",
               keep, layer.num_experts, subsets == UINT64_MAX ? "over 10^19" : FormatCount(subsets),
               kMaxSubsets),
-          "keep more experts (each one less to drop divides the number)");
+          "keep more experts, or leave out --search: elimination and exchanges need no "
+          "enumeration");
     }
   }
 }
 
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
-                     const StatsLayer& layer, int64_t keep, ThreadPool& pool,
+                     const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,
                      const JobControl& control) {
-  const int64_t experts = layer.num_experts, num_dropped = experts - keep;
+  const int64_t experts = layer.num_experts, num_dropped = experts - options.keep;
+  if (ResolveSearch(options, layer) == SubsetSearch::kEliminate) {
+    const NaeeSet found =
+        SearchNaee(records, info, layer, options.keep, options.memory_budget_bytes, pool, control);
+    return MakeLayerPlan(layer, found.kept, found.loss, found.next_loss);
+  }
   const std::vector<std::vector<int32_t>> subsets = Subsets(experts, num_dropped);
   std::vector<double> loss(subsets.size());
   Batch batch(info, experts, num_dropped, records.has_target());
@@ -321,24 +371,15 @@ LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
   for (size_t i = 1; i < loss.size(); ++i) {
     if (loss[i] < loss[best]) best = i;
   }
-  if (!std::isfinite(loss[best])) {
-    throw ModelError(fmt::format("layer {}: the statistics are not finite", layer.layer),
-                     "the weights hold NaN or Inf: see winnow doctor MODEL");
-  }
   double second = std::numeric_limits<double>::infinity();
   for (size_t i = 0; i < loss.size(); ++i) {
     if (i != best) second = std::min(second, loss[i]);
   }
-  LayerPlan plan;
-  plan.layer = layer.layer;
-  plan.num_experts = experts;
-  plan.dropped = subsets[best];
+  std::vector<int32_t> kept;
   for (int32_t e = 0; e < experts; ++e) {
-    if (!std::binary_search(plan.dropped.begin(), plan.dropped.end(), e)) plan.kept.push_back(e);
+    if (!std::binary_search(subsets[best].begin(), subsets[best].end(), e)) kept.push_back(e);
   }
-  plan.loss = loss[best];
-  if (std::isfinite(second) && loss[best] > 0) plan.margin = (second - loss[best]) / loss[best];
-  return plan;
+  return MakeLayerPlan(layer, kept, loss[best], second);
 }
 
 }  // namespace winnow

@@ -27,16 +27,31 @@ namespace winnow {
 // Most subsets a layer is enumerated over.
 inline constexpr uint64_t kMaxSubsets = 5000;
 
+enum class SubsetSearch {
+  kAuto,       // enumeration where a layer has at most kMaxSubsets subsets, else elimination
+  kEnumerate,  // the best of all subsets
+  kEliminate,  // backward elimination, then exchanges (naee_search.h)
+};
+struct NaeeOptions {
+  int64_t keep = 0;  // survivors a layer
+  SubsetSearch search = SubsetSearch::kAuto;
+  uint64_t memory_budget_bytes = 0;
+};
+// The search that kAuto stands for.
+SubsetSearch ResolveSearch(const NaeeOptions& options, const StatsLayer& layer);
+// Of the largest layer's choice, for memory plans.
+uint64_t NaeeBytes(const StatsInfo& info, const NaeeOptions& options);
+
 // C(n, k), saturating at UINT64_MAX.
 uint64_t BinomialCoefficient(int64_t n, int64_t k);
 
-// UsageError if the statistics cannot answer: no Gram records, fewer survivors than k, more subsets
-// than kMaxSubsets, progressive statistics of another keep.
-void CheckNaee(const StatsInfo& info, int64_t keep);
+// UsageError if the statistics cannot answer: no Gram records, fewer survivors than k, progressive
+// statistics of another keep, enumeration of more than kMaxSubsets.
+void CheckNaee(const StatsInfo& info, const NaeeOptions& options);
 
-// The best set of `keep` survivors of one layer, by enumeration.
+// The survivors of one layer.
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
-                     const StatsLayer& layer, int64_t keep, ThreadPool& pool,
+                     const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,
                      const JobControl& control);
 
 }  // namespace winnow

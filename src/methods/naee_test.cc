@@ -34,7 +34,7 @@ std::vector<SourceBlocks> PublishedBlocks(const std::string& model) {
 LayerPlan Choose(const fs::path& stats, const StatsLayer& layer, int64_t keep, int threads = 1) {
   const StatsInfo info = ReadStatsInfo(stats);
   ThreadPool pool(threads);
-  return ChooseNaee(LayerStatsReader(stats, info, layer), info, layer, keep, pool, {});
+  return ChooseNaee(LayerStatsReader(stats, info, layer), info, layer, {.keep = keep}, pool, {});
 }
 
 // `i` counts MoE layers.
@@ -67,7 +67,7 @@ TEST(NaeePublished, TinyModelEveryKeepAndBatch) {
   const LayerStatsReader records(stats, info, info.layers[0]);
   ThreadPool pool(2);
   const auto choose = [&](int64_t keep) {
-    return ChooseNaee(records, info, info.layers[0], keep, pool, {});
+    return ChooseNaee(records, info, info.layers[0], {.keep = keep}, pool, {});
   };
   for (int64_t keep = 2; keep <= 7; ++keep) {
     SCOPED_TRACE(keep);
@@ -127,7 +127,7 @@ TEST_F(NaeeSample, Progressive) {
   ThreadPool pool(2);
   options.choose = [&](const fs::path& folder, const StatsInfo& info, const StatsLayer& layer) {
     const LayerPlan plan =
-        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer, 4, pool, {});
+        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer, {.keep = 4}, pool, {});
     ExpectPublishedChoice(plan, published_.at("progressive").at("keep4"), i++);
     return plan.kept;
   };
@@ -236,6 +236,46 @@ TEST_P(NaeeDefinition, GramIdentityIsTheNormOfTheChange) {
   }
 }
 
+// Elimination and exchanges: the loss they report is that of their set by definition, the next one
+// is that of a set one exchange away, and on these few experts they are never far from the best.
+TEST_P(NaeeDefinition, EliminationIsNearTheBest) {
+  const ModelConfig& config = model_.config();
+  const ForwardTrace trace =
+      RunForward(model_, tokens_, {.watch = Watch::kExpertOutputs, .logits = false});
+  Observe(model_, sources_, {.level = StatsLevel::kFull, .batch = 1}, stats_);
+  const StatsInfo info = ReadStatsInfo(stats_);
+  ThreadPool pool(1), threads(3);
+  for (const StatsLayer& layer : info.layers) {
+    const TracedLayer& traced = trace.layers.at(layer.layer);
+    const LayerStatsReader records(stats_, info, layer);
+    for (int64_t keep = config.num_experts_per_tok; keep < layer.num_experts; ++keep) {
+      SCOPED_TRACE(testing::Message() << "layer " << layer.layer << " keep " << keep);
+      const std::map<Subset, double> losses =
+          LossesByDefinition(config, traced, traced, layer.num_experts, keep, info.BatchTokens());
+      NaeeOptions options{.keep = keep, .search = SubsetSearch::kEliminate};
+      const LayerPlan plan = ChooseNaee(records, info, layer, options, pool, {});
+      ASSERT_EQ(std::ssize(plan.kept), keep);
+      EXPECT_NEAR(*plan.loss, losses.at(plan.dropped), kLossLimit * *plan.loss);
+      double best = *plan.loss, next = std::numeric_limits<double>::infinity();
+      for (const auto& [dropped, loss] : losses) {
+        best = std::min(best, loss);
+        Subset both;
+        std::set_intersection(dropped.begin(), dropped.end(), plan.dropped.begin(),
+                              plan.dropped.end(), std::back_inserter(both));
+        if (both.size() + 1 == dropped.size()) next = std::min(next, loss);
+      }
+      EXPECT_LE(*plan.loss, 1.01 * best);
+      EXPECT_NEAR(*plan.margin, (next - *plan.loss) / *plan.loss, 4 * kLossLimit);
+      // Records in memory instead of read for every step; several threads.
+      options.memory_budget_bytes = uint64_t{1} << 30;
+      const LayerPlan again = ChooseNaee(records, info, layer, options, threads, {});
+      EXPECT_EQ(again.kept, plan.kept);
+      EXPECT_EQ(again.loss, plan.loss);
+      EXPECT_EQ(again.margin, plan.margin);
+    }
+  }
+}
+
 // The loss is what running the pruned layer shows.
 TEST_P(NaeeDefinition, LossIsWhatThePrunedLayerDoes) {
   const ModelConfig& config = model_.config();
@@ -265,7 +305,7 @@ TEST_P(NaeeDefinition, ProgressiveFollowsThePrunedStream) {
   ThreadPool pool(1);
   const auto choose = [&](const fs::path& folder, const StatsInfo& info, const StatsLayer& layer) {
     const LayerPlan plan =
-        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer, keep, pool, {});
+        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer, {.keep = keep}, pool, {});
     const ForwardTrace drifted = RunForward(
         model_, tokens_, {.watch = Watch::kExpertOutputs, .kept_experts = kept, .logits = false});
     SCOPED_TRACE(testing::Message() << "layer " << layer.layer);
@@ -273,6 +313,11 @@ TEST_P(NaeeDefinition, ProgressiveFollowsThePrunedStream) {
         LossesByDefinition(config, drifted.layers.at(layer.layer), intact.layers.at(layer.layer),
                            layer.num_experts, keep, info.BatchTokens()),
         plan);
+    const LayerPlan eliminated =
+        ChooseNaee(LayerStatsReader(folder, info, layer), info, layer,
+                   {.keep = keep, .search = SubsetSearch::kEliminate}, pool, {});
+    EXPECT_LE(*eliminated.loss, 1.01 * *plan.loss);
+    EXPECT_GE(*eliminated.loss, (1 - kLossLimit) * *plan.loss);
     kept[static_cast<size_t>(layer.layer)] = plan.kept;
     return plan.kept;
   };
@@ -323,23 +368,25 @@ StatsInfo Info(int64_t experts, int64_t k) {
 }
 
 TEST(Naee, RefusesWhatItCannotAnswer) {
-  EXPECT_NO_THROW(CheckNaee(Info(8, 2), 2));
-  EXPECT_NO_THROW(CheckNaee(Info(8, 2), 7));
-  EXPECT_THROW(CheckNaee(Info(8, 2), 1), UsageError);        // fewer than each token uses
-  EXPECT_THROW(CheckNaee(Info(8, 2), 8), UsageError);        // nothing to drop
-  EXPECT_NO_THROW(CheckNaee(Info(16, 4), 12));               // 1,820 subsets
-  EXPECT_THROW(CheckNaee(Info(16, 4), 8), UsageError);       // 12,870 subsets
-  EXPECT_THROW(CheckNaee(Info(256, 8), 128), UsageError);    // more than 64 bits count
-  EXPECT_THROW(CheckNaee(Info(512, 200), 511), UsageError);  // k beyond what tokens are ranked by
+  EXPECT_NO_THROW(CheckNaee(Info(8, 2), {.keep = 2}));
+  EXPECT_NO_THROW(CheckNaee(Info(8, 2), {.keep = 7}));
+  EXPECT_THROW(CheckNaee(Info(8, 2), {.keep = 1}), UsageError);  // fewer than each token uses
+  EXPECT_THROW(CheckNaee(Info(8, 2), {.keep = 8}), UsageError);  // nothing to drop
+  EXPECT_NO_THROW(CheckNaee(Info(16, 4), {.keep = 12}));         // 1,820 subsets
+  EXPECT_NO_THROW(CheckNaee(Info(16, 4), {.keep = 8}));          // 12,870 subsets: eliminates
+  EXPECT_THROW(CheckNaee(Info(16, 4), {.keep = 8, .search = SubsetSearch::kEnumerate}), UsageError);
+  EXPECT_NO_THROW(CheckNaee(Info(256, 8), {.keep = 128}));  // more than 64 bits count
+  EXPECT_THROW(CheckNaee(Info(512, 200), {.keep = 511}),
+               UsageError);  // k beyond what tokens are ranked by
   for (const StatsLevel level : {StatsLevel::kRouting, StatsLevel::kRouted}) {
     StatsInfo info = Info(8, 2);
     info.level = level;
-    EXPECT_THROW(CheckNaee(info, 4), UsageError);
+    EXPECT_THROW(CheckNaee(info, {.keep = 4}), UsageError);
   }
   StatsInfo progressive = Info(8, 2);
   progressive.progressive_keep = 4;
-  EXPECT_NO_THROW(CheckNaee(progressive, 4));
-  EXPECT_THROW(CheckNaee(progressive, 6), UsageError);
+  EXPECT_NO_THROW(CheckNaee(progressive, {.keep = 4}));
+  EXPECT_THROW(CheckNaee(progressive, {.keep = 6}), UsageError);
 }
 
 }  // namespace

@@ -1,0 +1,37 @@
+// NAEE's objective (naee.h) over more subsets than can be enumerated: backward elimination, then
+// swaps.
+//
+// Elimination drops the expert whose removal gives the least loss, again and again; its sets are
+// nested, so one run answers every ratio. Then the best of all exchanges of a survivor for a
+// dropped expert is made until none lowers the loss. Both need the statistics alone: removing or
+// adding an expert changes a token's error through the few experts it uses, and every term is in
+// the Gram matrix. Called by naee.cc.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/progress.h"        // JobControl
+#include "base/thread_pool.h"     // ThreadPool
+#include "observe/layer_stats.h"  // LayerStatsReader
+#include "observe/stats_info.h"   // StatsInfo
+
+namespace winnow {
+
+struct NaeeSet {
+  std::vector<int32_t> kept;  // ascending
+  double loss = 0;
+  // Least loss among the sets one exchange away.
+  double next_loss = 0;
+};
+
+// The best `keep` survivors that elimination and swaps find. Records stay in memory if they fit
+// into `memory_bytes`, else they are read again for every step.
+NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
+                   int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
+                   const JobControl& control);
+
+// What SearchNaee holds besides the records, for memory plans.
+uint64_t NaeeSearchBytes(const StatsInfo& info, const StatsLayer& layer);
+
+}  // namespace winnow
