@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Prunes a 13.8 GB checkpoint of OLMoE-1B-7B's shape within a memory budget and prints what it took.
 
-Writes the checkpoint (pseudo-random weights), observes 4,096 random token ids with --stats full, plans with NAEE,
-applies, and copies the result with cp for comparison. The page cache is emptied of the files before each step.
+Writes the checkpoint (pseudo-random weights), observes 4,096 random token ids with --stats full (also with the files in
+the page cache, and reads them without computing), plans with NAEE, applies, and copies the result with cp for comparison. The page cache is emptied of the files before each step.
 Needs about 42 GB of disk while it runs; removes everything unless --keep-files. Python standard library only.
 """
 import argparse
@@ -25,6 +25,14 @@ def forget_cached(folder):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
+
+
+def read_files(folder):
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(where, name), "rb", buffering=0) as file:
+                while file.read(8 << 20):
+                    pass
 
 
 def size_of(path):
@@ -65,11 +73,11 @@ def main():
     parser.add_argument("--keep-files", action="store_true", help="leave the checkpoint there, and use it if it is")
     parser.add_argument("shape", nargs="*", help="options of make_synthetic_checkpoint, after --")
     args = parser.parse_args()
-    model, stats, plan, out, copy = (os.path.join(args.work, name) for name in
-                                     ("model", "stats", "plan.json", "pruned", "copy"))
+    model, stats, warm, plan, out, copy = (os.path.join(args.work, name) for name in
+                                           ("model", "stats", "stats-in-cache", "plan.json", "pruned", "copy"))
     os.makedirs(args.work, exist_ok=True)
     limits = ["--max-memory", args.max_memory] + (["--threads", args.threads] if args.threads else [])
-    for old in (stats, plan, out, copy):
+    for old in (stats, warm, plan, out, copy):
         shutil.rmtree(old, ignore_errors=True)
         if os.path.isfile(old):
             os.remove(old)
@@ -87,8 +95,19 @@ def main():
                   f" {step.read_bytes / 1e9:>8.2f} {step.read_bytes / total:>18.3f}", flush=True)
             return step
 
-        report("observe", [args.winnow, "observe", model, "--calib", os.path.join(model, "ids.safetensors"),
-                           "--stats", "full", *limits, "-o", stats], model)
+        observe_command = [args.winnow, "observe", model, "--calib", os.path.join(model, "ids.safetensors"),
+                           "--stats", "full", *limits]
+        observe = report("observe", [*observe_command, "-o", stats], model)
+        forget_cached(model)
+        start = time.monotonic()
+        read_files(model)
+        reading_seconds = time.monotonic() - start
+        # The files are in the page cache now, if it holds them.
+        computing = report("in cache", [*observe_command, "-o", warm], args.work + "/nothing")
+        shutil.rmtree(warm)
+        alone = max(reading_seconds, computing.seconds)
+        print(f"observe takes {observe.seconds / alone:.2f} of the larger of computing alone ({computing.seconds:.1f} s) and"
+              f" reading alone ({reading_seconds:.1f} s)", flush=True)
         report("plan", [args.winnow, "plan", stats, "--method", "naee", "--keep", args.keep, "-o", plan], args.work)
         apply = report("apply", [args.winnow, "apply", model, "--plan", plan, *limits, "-o", out], model)
         start = time.monotonic()
@@ -103,7 +122,7 @@ def main():
         print(f"apply {written / 1e6 / apply_seconds:.0f} MB/s, cp -r of the result {written / 1e6 / copy_seconds:.0f} MB/s"
               f" (both until the data is on disk): apply takes {apply_seconds / copy_seconds:.2f} of the time of cp")
     finally:
-        for old in (copy, out, stats):
+        for old in (copy, out, stats, warm):
             shutil.rmtree(old, ignore_errors=True)
         if not args.keep_files:
             shutil.rmtree(args.work, ignore_errors=True)

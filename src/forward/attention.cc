@@ -25,6 +25,7 @@ WeightMatrix AsMatrix(const float* data, int64_t rows, int64_t cols, int64_t row
 }  // namespace
 
 struct AttentionBlock::WorkerScratch {
+  AlignedBuffer<float> keys;    // [keys, head_dim]
   AlignedBuffer<float> values;  // [head_dim, keys], transposed
   AlignedBuffer<float> scores;  // [kQueryBlock, keys]
   PackedRows packed;
@@ -106,9 +107,13 @@ void AttentionBlock::Attend(const Head& head, int worker) {
   const int64_t hd = config_.head_dim, keys = head.num_keys, qw = config_.query_width();
   const int64_t group = config_.num_heads / config_.num_kv_heads;
   const float scale = 1.0f / std::sqrt(static_cast<float>(hd));
+  Grow(scratch.keys, keys * hd);
   Grow(scratch.values, keys * hd);
   Grow(scratch.scores, std::min(kQueryBlock, head.num_queries) * keys);
   for (int64_t s = 0; s < keys; ++s) {
+    // A copy once a head, because rows a power of two apart would share few cache lines.
+    std::memcpy(scratch.keys.data() + s * hd, head.keys + s * head.ld_kv,
+                static_cast<size_t>(hd) * sizeof(float));
     const float* value = head.values + s * head.ld_kv;
     for (int64_t d = 0; d < hd; ++d) scratch.values[static_cast<size_t>(d * keys + s)] = value[d];
   }
@@ -120,7 +125,7 @@ void AttentionBlock::Attend(const Head& head, int worker) {
       const int64_t seen = past + first + rows;  // keys the block's last query sees
       float* scores = scratch.scores.data();
       scratch.packed.Pack(head.q + first * qw + column, rows, hd, qw, inline_pool);
-      MatMulSingle(scratch.packed, AsMatrix(head.keys, seen, hd, head.ld_kv), scores, seen);
+      MatMulSingle(scratch.packed, AsMatrix(scratch.keys.data(), seen, hd, hd), scores, seen);
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores + i * seen;
         const int64_t last = past + first + i;  // newest key this query may see
@@ -214,7 +219,7 @@ uint64_t AttentionBlock::ScratchBytes(const ModelConfig& config, int64_t n, int6
   const int64_t h = config.hidden_size, qw = config.query_width(), kvw = config.kv_width();
   const int64_t queries = std::min(kQueryBlock, longest);
   const int64_t floats = n * (2 * h + 2 * qw + 2 * kvw) + longest * config.head_dim;
-  const int64_t per_worker = longest * (config.head_dim + queries);
+  const int64_t per_worker = longest * (2 * config.head_dim + queries);
   return static_cast<uint64_t>(floats) * sizeof(float) + PackedRows::Bytes(n, std::max(h, qw)) +
          static_cast<uint64_t>(num_threads) *
              (static_cast<uint64_t>(per_worker) * sizeof(float) +

@@ -16,7 +16,13 @@ WINNOW_BF16_TARGET void Bf16TileRows(const uint32_t* a, const uint32_t* b, int64
   typename Ops::Sums sum0[kRows];
   typename Ops::Sums sum1[kRows];
 #pragma GCC unroll 12
-  for (size_t r = 0; r < kRows; ++r) sum0[r] = sum1[r] = Ops::Zero();
+  for (size_t r = 0; r < kRows; ++r) {
+    sum0[r] = sum1[r] = Ops::Zero();
+    // Y has left the near caches since its last block of columns.
+    const float* row = y + static_cast<int64_t>(r) * ld_y;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + 2 * Ops::kLanes - 1);
+  }
   for (int64_t k = 0; k < pairs; ++k) {
     const auto b0 = Ops::LoadPairs(b);
     const auto b1 = Ops::LoadPairs(b + Ops::kLanes);
