@@ -78,7 +78,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
   if (session.flags.dry_run) return 0;
   ReportCoverage(session, stats, info);
   const CompressionPlan plan =
-      MakeNaeePlan(session, stats, info, {.keep = flags.keep}, flags.target);
+      MakePruningPlan(session, stats, info, {.naee = {.keep = flags.keep}}, flags.target);
   session.Note(DescribePlan(plan));
   ApplyOptions options;
   options.resume = session.flags.resume;

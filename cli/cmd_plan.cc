@@ -16,6 +16,7 @@ struct PlanFlags {
   std::string stats, output, method = "naee", search = "auto", target = "transformers";
   int64_t keep = 0;
   double ratio = 0;
+  bool compare = false;
 };
 
 SubsetSearch ParseSearch(const std::string& name) {
@@ -25,9 +26,6 @@ SubsetSearch ParseSearch(const std::string& name) {
 }
 
 int RunPlan(Session& session, PlanFlags& flags) {
-  if (flags.method != "naee") {
-    throw UsageError(fmt::format("--method: \"{}\" is not known", flags.method), "use naee");
-  }
   if ((flags.keep > 0) == (flags.ratio > 0)) {
     throw UsageError("give either --keep R (experts kept) or --ratio X (share removed)");
   }
@@ -41,7 +39,12 @@ int RunPlan(Session& session, PlanFlags& flags) {
                              experts, keep));
   }
   const NaeeOptions options{.keep = keep, .search = ParseSearch(flags.search)};
-  const CompressionPlan plan = MakeNaeePlan(session, flags.stats, info, options, flags.target);
+  if (flags.compare) {
+    ComparePruning(session, flags.stats, info, options);
+    return 0;
+  }
+  const CompressionPlan plan =
+      MakePruningPlan(session, flags.stats, info, {flags.method, options}, flags.target);
   const OrderedJson json = PlanToJson(plan);
   if (!flags.output.empty() && !session.flags.dry_run) {
     WriteFileAtomically(flags.output, json.dump(1) + "\n");
@@ -61,7 +64,11 @@ void AddPlan(CLI::App& app, Session& session) {
   auto flags = std::make_shared<PlanFlags>();
   CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
   verb->add_option("STATS", flags->stats, "Statistics folder")->required();
-  verb->add_option("--method", flags->method, "naee: least loss of the layer's output");
+  verb->add_option(
+      "--method", flags->method,
+      "naee (least loss of the output), or a score: frequency, seer, ean, weighted-ean, "
+      "reap, man, msan, leave-one-out");
+  verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
   verb->add_option("--search", flags->search,
                    "enumerate, eliminate (then exchanges), or auto: by the number of subsets")
       ->check(CLI::IsMember({"auto", "enumerate", "eliminate"}));

@@ -4,10 +4,12 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/error.h"
 #include "base/units.h"
 #include "methods/naee.h"
+#include "methods/score_method.h"
 #include "observe/layer_stats.h"
 #include "plan/loader_target.h"
 
@@ -77,14 +79,81 @@ OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsI
   return layers;
 }
 
-CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const StatsInfo& info,
-                             NaeeOptions options, const std::string& target) {
-  CheckNaee(info, options);
+namespace {
+
+// Budget for records held while planning; refuses what does not fit.
+uint64_t RequirePlanMemory(Session& session, const StatsInfo& info, const NaeeOptions& options) {
+  MemoryPlan memory;
+  memory.Add("program", kProgramBytes);
+  memory.Add("records of a batch", NaeeBytes(info, options));
+  session.RequireMemory(memory, "plan");
+  return session.memory_budget() - memory.total_bytes();
+}
+
+LayerPlan ChooseByScore(const ScoreMethod& method, const ScoreInput& input, int64_t keep) {
+  LayerPlan plan;
+  plan.layer = input.layer.layer;
+  plan.num_experts = input.layer.num_experts;
+  plan.kept = HighestScores(method.score(input), keep);
+  for (int32_t e = 0; e < plan.num_experts; ++e) {
+    if (!std::binary_search(plan.kept.begin(), plan.kept.end(), e)) plan.dropped.push_back(e);
+  }
+  if (input.info.level == StatsLevel::kFull) {
+    plan.loss =
+        NaeeLoss(input.records, input.info, input.layer, plan.kept, input.pool, input.control);
+  }
+  return plan;
+}
+
+// Spearman's rank correlation of two scores; ties share their mean rank.
+double RankCorrelation(const std::vector<double>& a, const std::vector<double>& b) {
+  const auto ranks = [](const std::vector<double>& values) {
+    std::vector<double> rank(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+      for (const double other : values) {
+        rank[i] += other < values[i] ? 1.0 : other == values[i] ? 0.5 : 0.0;
+      }
+    }
+    return rank;
+  };
+  const std::vector<double> x = ranks(a), y = ranks(b);
+  const double mean = static_cast<double>(x.size()) / 2;
+  double xy = 0, xx = 0, yy = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    xy += (x[i] - mean) * (y[i] - mean);
+    xx += (x[i] - mean) * (x[i] - mean);
+    yy += (y[i] - mean) * (y[i] - mean);
+  }
+  return xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0.0;
+}
+
+}  // namespace
+
+CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const StatsInfo& info,
+                                PruningChoice choice, const std::string& target) {
+  NaeeOptions& options = choice.naee;
+  const ScoreMethod* score = nullptr;
   CompressionPlan plan;
-  plan.method = "naee";
-  const SubsetSearch search = ResolveSearch(options, info.layers.front());
-  plan.search = search == SubsetSearch::kEnumerate ? "enumeration" : "elimination and exchanges";
-  plan.objective = info.progressive_keep ? "progressive" : "unsquared";
+  plan.method = choice.method;
+  if (choice.method == "naee") {
+    CheckNaee(info, options);
+    const SubsetSearch search = ResolveSearch(options, info.layers.front());
+    plan.search = search == SubsetSearch::kEnumerate ? "enumeration" : "elimination and exchanges";
+    plan.objective = info.progressive_keep ? "progressive" : "unsquared";
+  } else {
+    score = FindScoreMethod(choice.method);
+    if (score == nullptr) {
+      std::vector<std::string> known = {"naee"};
+      for (const ScoreMethod* method : ScoreMethods()) known.emplace_back(method->name);
+      const std::string near = Suggest(choice.method, known);
+      throw UsageError(fmt::format("--method: \"{}\" is not known", choice.method),
+                       near.empty() ? fmt::format("one of {}", fmt::join(known, ", "))
+                                    : fmt::format("did you mean {}?", near));
+    }
+    CheckScoreMethod(*score, info, options.keep);
+    plan.search = "score";
+    plan.objective = score->formula;
+  }
   plan.model_type = info.model_type;
   plan.model_fingerprint = info.model_fingerprint;
   plan.target = target;
@@ -92,16 +161,21 @@ CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const Stat
   plan.calibration_tokens = info.num_tokens();
   plan.bytes_before = info.model_bytes;
   plan.bytes_after = info.model_bytes;
-  MemoryPlan memory;
-  memory.Add("program", kProgramBytes);
-  memory.Add("records of a batch", NaeeBytes(info, options));
-  session.RequireMemory(memory, "plan");
-  options.memory_budget_bytes = session.memory_budget() - memory.total_bytes();
+  options.memory_budget_bytes = RequirePlanMemory(session, info, options);
   for (size_t i = 0; i < info.layers.size(); ++i) {
     const StatsLayer& layer = info.layers[i];
     const LayerStatsReader records(stats, info, layer);
-    plan.layers.push_back(
-        ChooseNaee(records, info, layer, options, session.pool(), session.control()));
+    if (score == nullptr) {
+      plan.layers.push_back(
+          ChooseNaee(records, info, layer, options, session.pool(), session.control()));
+    } else {
+      const ExpertSummary summary = SummarizeExperts(records, info, layer);
+      plan.layers.push_back(
+          ChooseByScore(*score,
+                        {records, info, layer, summary, options.memory_budget_bytes, session.pool(),
+                         session.control()},
+                        options.keep));
+    }
     const auto gone = static_cast<uint64_t>(layer.num_experts - options.keep);
     plan.bytes_after -= std::min(plan.bytes_after, gone * layer.expert_bytes);
     session.control().Report(
@@ -113,6 +187,53 @@ CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const Stat
   }
   CheckTarget(plan, target);
   return plan;
+}
+
+void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& info,
+                    const NaeeOptions& options) {
+  const bool full = info.level == StatsLevel::kFull;
+  NaeeOptions naee = options;
+  naee.memory_budget_bytes = RequirePlanMemory(session, info, options);
+  if (full) CheckNaee(info, options);
+  OrderedJson layers = OrderedJson::array();
+  std::string text = fmt::format("keeping {} experts a layer; loss is NAEE's\n", options.keep);
+  text += "  layer  method          loss        correlation  dropped experts\n";
+  for (const StatsLayer& layer : info.layers) {
+    const LayerStatsReader records(stats, info, layer);
+    const ExpertSummary summary = SummarizeExperts(records, info, layer);
+    const ScoreInput input{
+        records, info, layer, summary, naee.memory_budget_bytes, session.pool(), session.control()};
+    // Scores are compared with what each expert's removal alone would cost, where that is known.
+    std::vector<double> reference;
+    if (full) reference = kLeaveOneOut.score(input);
+    OrderedJson methods = OrderedJson::array();
+    const auto add = [&](const std::string& name, const LayerPlan& plan,
+                         std::optional<double> correlation) {
+      OrderedJson row = {{"method", name}, {"dropped", plan.dropped}, {"kept", plan.kept}};
+      if (plan.loss) row["loss"] = *plan.loss;
+      if (correlation) row["rank_correlation"] = *correlation;
+      methods.push_back(row);
+      text += fmt::format("  {:>5}  {:<14}  {:<10}  {:<11}  {}\n", layer.layer, name,
+                          plan.loss ? fmt::format("{:.6g}", *plan.loss) : "-",
+                          correlation ? fmt::format("{:.3f}", *correlation) : "-",
+                          fmt::join(plan.dropped, " "));
+    };
+    if (full) {
+      add("naee", ChooseNaee(records, info, layer, naee, session.pool(), session.control()), {});
+    }
+    for (const ScoreMethod* method : ScoreMethods()) {
+      if (static_cast<int>(info.level) < static_cast<int>(method->needs)) continue;
+      CheckScoreMethod(*method, info, options.keep);
+      add(method->name, ChooseByScore(*method, input, options.keep),
+          full ? std::optional(RankCorrelation(method->score(input), reference)) : std::nullopt);
+    }
+    layers.push_back({{"layer", layer.layer}, {"methods", methods}});
+  }
+  if (session.flags.json) {
+    session.PrintJson({{"schema", "winnow.compare/1"}, {"keep", options.keep}, {"layers", layers}});
+  } else {
+    session.Print(text);
+  }
 }
 
 std::string DescribePlan(const CompressionPlan& plan) {

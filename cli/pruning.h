@@ -19,9 +19,17 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
 // Coverage of every MoE layer as JSON; warns with the names of experts no token reached.
 OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsInfo& info);
 
-// The survivors chosen by NAEE for every layer. Sets options.memory_budget_bytes.
-CompressionPlan MakeNaeePlan(Session& session, const fs::path& stats, const StatsInfo& info,
-                             NaeeOptions options, const std::string& target);
+// How survivors are chosen: by NAEE or by a score (score_method.h).
+struct PruningChoice {
+  std::string method = "naee";
+  NaeeOptions naee = {};  // keep counts for every method; the budget is set by MakePruningPlan
+};
+// The survivors of every layer.
+CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const StatsInfo& info,
+                                PruningChoice choice, const std::string& target);
+// What every method would drop, beside each other, to stdout.
+void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& info,
+                    const NaeeOptions& options);
 // A short table of a plan, for people.
 std::string DescribePlan(const CompressionPlan& plan);
 

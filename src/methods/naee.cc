@@ -341,6 +341,28 @@ void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
   }
 }
 
+double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
+                const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control) {
+  std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts), 1);
+  for (const int32_t e : kept) gone[static_cast<size_t>(e)] = 0;
+  std::vector<int32_t> dropped;
+  for (int32_t e = 0; e < layer.num_experts; ++e) {
+    if (gone[static_cast<size_t>(e)] != 0) dropped.push_back(e);
+  }
+  Batch batch(info, layer.num_experts, std::ssize(dropped), records.has_target());
+  TokenRecords tokens;
+  int64_t first = 0;
+  double loss = 0;
+  for (const int64_t num_tokens : info.BatchTokens()) {
+    control.Poll();
+    records.ReadTokens(first, num_tokens, tokens);
+    batch.Prepare(tokens, pool);
+    first += num_tokens;
+    loss += std::sqrt(batch.SquaredError(dropped, gone));
+  }
+  return loss;
+}
+
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
                      const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,
                      const JobControl& control) {

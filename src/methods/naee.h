@@ -49,6 +49,10 @@ uint64_t BinomialCoefficient(int64_t n, int64_t k);
 // statistics of another keep, enumeration of more than kMaxSubsets.
 void CheckNaee(const StatsInfo& info, const NaeeOptions& options);
 
+// The loss of any set of survivors, e.g. one that another method chose.
+double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
+                const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control);
+
 // The survivors of one layer.
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
                      const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,

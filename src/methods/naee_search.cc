@@ -143,6 +143,25 @@ class Searcher {
     }
   }
 
+  // The loss without each survivor [E].
+  std::vector<double> RemovalLosses() {
+    const auto experts = static_cast<size_t>(experts_);
+    std::vector<double> loss(experts);
+    const std::vector<int32_t> survivors = Survivors(true);
+    ForBatches([&](int64_t first, const TokenRecords& batch) {
+      std::vector<double> sums(static_cast<size_t>(NumTasks(batch.num_tokens)) * experts);
+      RunTasks(batch.num_tokens, [&](int64_t t, size_t task) {
+        AddRemovalErrors(first + t, survivors, &sums[task * experts]);
+      });
+      for (const int32_t e : survivors) {
+        double squared = 0;
+        for (size_t i = static_cast<size_t>(e); i < sums.size(); i += experts) squared += sums[i];
+        loss[static_cast<size_t>(e)] += std::sqrt(squared);
+      }
+    });
+    return loss;
+  }
+
   NaeeSet Result() const { return {Survivors(true), loss_, next_loss_}; }
 
  private:
@@ -263,25 +282,6 @@ class Searcher {
   double Error(const Form& form, double target_norm, double left) const {
     const double scale = 1 / (normalize_ ? form.mass + epsilon_ : left);
     return std::max(0.0, scale * scale * form.quadratic - 2 * scale * form.linear + target_norm);
-  }
-
-  // The loss without each survivor [E].
-  std::vector<double> RemovalLosses() {
-    const auto experts = static_cast<size_t>(experts_);
-    std::vector<double> loss(experts);
-    const std::vector<int32_t> survivors = Survivors(true);
-    ForBatches([&](int64_t first, const TokenRecords& batch) {
-      std::vector<double> sums(static_cast<size_t>(NumTasks(batch.num_tokens)) * experts);
-      RunTasks(batch.num_tokens, [&](int64_t t, size_t task) {
-        AddRemovalErrors(first + t, survivors, &sums[task * experts]);
-      });
-      for (const int32_t e : survivors) {
-        double squared = 0;
-        for (size_t i = static_cast<size_t>(e); i < sums.size(); i += experts) squared += sums[i];
-        loss[static_cast<size_t>(e)] += std::sqrt(squared);
-      }
-    });
-    return loss;
   }
 
   void AddRemovalErrors(int64_t token, const std::vector<int32_t>& survivors, double* sums) const {
@@ -411,6 +411,12 @@ NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const
   searcher.Eliminate(keep);
   searcher.Swap();
   return searcher.Result();
+}
+
+std::vector<double> RemovalLosses(const LayerStatsReader& records, const StatsInfo& info,
+                                  const StatsLayer& layer, uint64_t memory_bytes, ThreadPool& pool,
+                                  const JobControl& control) {
+  return Searcher(records, info, layer, memory_bytes, pool, control).RemovalLosses();
 }
 
 uint64_t NaeeSearchBytes(const StatsInfo& info, const StatsLayer& layer) {

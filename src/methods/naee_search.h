@@ -31,6 +31,11 @@ NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const
                    int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
                    const JobControl& control);
 
+// The loss with each expert alone removed [E].
+std::vector<double> RemovalLosses(const LayerStatsReader& records, const StatsInfo& info,
+                                  const StatsLayer& layer, uint64_t memory_bytes, ThreadPool& pool,
+                                  const JobControl& control);
+
 // What SearchNaee holds besides the records, for memory plans.
 uint64_t NaeeSearchBytes(const StatsInfo& info, const StatsLayer& layer);
 

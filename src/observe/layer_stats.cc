@@ -138,6 +138,15 @@ void LayerStatsReader::ReadTokens(int64_t first_token, int64_t num_tokens,
   ReadRows("target_norm_squared", first_token, num_tokens, out.target_norm_squared);
 }
 
+void LayerStatsReader::ReadRouting(int64_t first_token, int64_t num_tokens,
+                                   RoutingRecords& out) const {
+  out.num_tokens = num_tokens;
+  ReadRows("router_logits", first_token, num_tokens, out.router_logits);
+  out.selected_norm.clear();
+  if (file_.Find("selected_norm") == nullptr) return;
+  ReadRows("selected_norm", first_token, num_tokens, out.selected_norm);
+}
+
 std::vector<int64_t> LayerStatsReader::Coverage() const {
   std::vector<int64_t> total(static_cast<size_t>(num_experts_)), part(total.size());
   for (size_t s = 0; s < num_sources_; ++s) {

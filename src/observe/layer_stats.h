@@ -61,11 +61,19 @@ struct TokenRecords {
   std::vector<float> target_norm_squared;  // [n], progressive only
 };
 
+// What scores of single experts need, at every level of statistics.
+struct RoutingRecords {
+  int64_t num_tokens = 0;
+  std::vector<float> router_logits;  // [n, E]
+  std::vector<float> selected_norm;  // [n, k], best first; empty at level routing
+};
+
 class LayerStatsReader {
  public:
   // ModelError if the file does not have the layout `info` promises.
   LayerStatsReader(const fs::path& folder, const StatsInfo& info, const StatsLayer& layer);
   void ReadTokens(int64_t first_token, int64_t num_tokens, TokenRecords& out) const;
+  void ReadRouting(int64_t first_token, int64_t num_tokens, RoutingRecords& out) const;
   bool has_target() const { return has_target_; }
   // Tokens that selected each expert, over all sources [E].
   std::vector<int64_t> Coverage() const;
