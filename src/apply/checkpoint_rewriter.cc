@@ -14,7 +14,7 @@
 namespace winnow {
 namespace {
 
-constexpr uint64_t kJournalBytes = uint64_t{1} << 30;  // flushed and recorded at least this often
+constexpr uint64_t kJournalBytes = uint64_t{4} << 30;  // flushed and recorded at least this often
 constexpr uint64_t kBufferBytes = uint64_t{4} << 20;   // multiple of every element size
 constexpr uint64_t kAuditBytes = uint64_t{64} << 10;
 
@@ -65,6 +65,10 @@ class Rewriter {
         control_(control) {}
 
   void WriteShards() {
+    // Twice the kernel's usual read-ahead, as cp asks for too.
+    for (const auto& shard : model_.checkpoint().shards()) {
+      posix_fadvise(shard.file().descriptor(), 0, 0, POSIX_FADV_SEQUENTIAL);
+    }
     Journal journal = LoadJournal();
     for (const OutputShard& shard : rewrite_.shards) total_ += shard.bytes;
     for (size_t i = 0; i < rewrite_.shards.size(); ++i) {
@@ -111,7 +115,6 @@ class Rewriter {
     const File out = first_tensor > 0 ? File::OpenWrite(path) : File::Create(path);
     if (first_tensor == 0) {
       out.WriteAt(0, std::as_bytes(std::span(shard.header)));
-      out.Truncate(shard.bytes);
       done_ += shard.header.size();
     } else {
       done_ += shard.tensors[std::min<uint64_t>(first_tensor, shard.tensors.size() - 1)]
@@ -145,9 +148,6 @@ class Rewriter {
         bytes = shard.tensors[i].info.bytes;
         ++next;
       }
-      // Start writing back now, so that the flush at the end has little left to wait for.
-      sync_file_range(out.descriptor(), static_cast<off64_t>(begin), static_cast<off64_t>(bytes),
-                      SYNC_FILE_RANGE_WRITE);
       i = next;
       written_ += bytes;
       done_ += bytes;
@@ -164,6 +164,7 @@ class Rewriter {
         since_flush = 0;
       }
     }
+    out.Truncate(shard.bytes);
     out.Sync();
   }
 
@@ -264,7 +265,9 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
   Rewriter rewriter(model, rewrite, options, folder, control);
   rewriter.WriteShards();
   for (const fs::path& file : rewrite.other_files) {
-    fs::copy_file(file, folder / file.filename(), fs::copy_options::overwrite_existing);
+    fs::create_directories((folder / file).parent_path());
+    fs::copy_file(model.checkpoint().folder() / file, folder / file,
+                  fs::copy_options::overwrite_existing);
   }
   WriteFileAtomically(folder / "config.json", rewrite.config_json);
   if (!rewrite.index_json.empty()) {

@@ -35,15 +35,29 @@ std::optional<uint64_t> NumberInFile(const std::string& path) {
   return std::nullopt;
 }
 
+// The number behind `name` in a file of "name number" lines.
+std::optional<uint64_t> NamedNumber(const std::string& path, const std::string& name) {
+  std::ifstream in(path);
+  std::string key;
+  uint64_t value = 0;
+  while (in >> key >> value) {
+    if (key == name) return value;
+  }
+  return std::nullopt;
+}
+
 // What the cgroup (v2 or v1) still allows; nothing if unlimited or unknown.
 std::optional<uint64_t> CgroupFreeBytes() {
   std::ifstream in("/proc/self/cgroup");
   std::string line;
   std::optional<uint64_t> smallest;
-  const auto consider = [&](const std::string& limit_path, const std::string& usage_path) {
+  const auto consider = [&](const std::string& limit_path, const std::string& usage_path,
+                            const std::string& stat_path) {
     const auto limit = NumberInFile(limit_path);
     if (!limit || *limit > uint64_t{1} << 50) return;  // "max" or the v1 spelling of unlimited
-    const uint64_t usage = NumberInFile(usage_path).value_or(0);
+    uint64_t usage = NumberInFile(usage_path).value_or(0);
+    // Pages of files count as usage, but give way: after reading a large model they are most of it.
+    usage -= std::min(usage, NamedNumber(stat_path, "inactive_file").value_or(0));
     const uint64_t free_bytes = *limit > usage ? *limit - usage : 0;
     smallest = std::min(smallest.value_or(free_bytes), free_bytes);
   };
@@ -56,10 +70,11 @@ std::optional<uint64_t> CgroupFreeBytes() {
     for (;;) {  // a parent's limit binds too
       if (controllers.empty()) {
         const std::string folder = "/sys/fs/cgroup" + path;
-        consider(folder + "/memory.max", folder + "/memory.current");
+        consider(folder + "/memory.max", folder + "/memory.current", folder + "/memory.stat");
       } else if (controllers.find("memory") != std::string::npos) {
         const std::string folder = "/sys/fs/cgroup/memory" + path;
-        consider(folder + "/memory.limit_in_bytes", folder + "/memory.usage_in_bytes");
+        consider(folder + "/memory.limit_in_bytes", folder + "/memory.usage_in_bytes",
+                 folder + "/memory.stat");
       }
       if (path.empty() || path == "/") break;
       path.resize(path.find_last_of('/'));

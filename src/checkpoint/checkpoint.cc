@@ -158,11 +158,25 @@ const TensorInfo* Checkpoint::Find(std::string_view name) const {
 
 std::vector<fs::path> Checkpoint::OtherFiles() const {
   std::vector<fs::path> others;
-  for (const std::string& name : ListFiles(folder_)) {
-    if (name == kConfigName || IsWeightFileName(name)) continue;
-    if (name.ends_with(".partial") || name.ends_with(".tmp")) continue;
-    others.push_back(folder_ / name);
+  std::error_code error;
+  fs::recursive_directory_iterator entries(folder_, error);
+  for (; !error && entries != fs::recursive_directory_iterator(); entries.increment(error)) {
+    const std::string name = entries->path().filename().string();
+    const bool ours = name.ends_with(".partial") || name.ends_with(".tmp");
+    std::error_code broken;  // a dangling link is no file
+    if (entries->is_directory(broken)) {
+      // What version control and download tools keep for themselves.
+      if (ours || name == ".git" || name == ".cache") entries.disable_recursion_pending();
+      continue;
+    }
+    if (ours || IsWeightFileName(name) || !entries->is_regular_file(broken)) continue;
+    fs::path relative = entries->path().lexically_relative(folder_);
+    if (relative != kConfigName) others.push_back(std::move(relative));
   }
+  if (error) {
+    throw RuntimeError(fmt::format("cannot list {}: {}", folder_.string(), error.message()));
+  }
+  std::sort(others.begin(), others.end());
   return others;
 }
 

@@ -31,8 +31,9 @@ class Checkpoint {
   uint64_t total_bytes() const { return total_bytes_; }
   // Harmless oddities: unnamed shards, tensors missing from the index, ... one sentence each.
   const std::vector<std::string>& findings() const { return findings_; }
-  // Every other regular file or link in the folder (tokenizer, generation_config.json, *.py, ...):
-  // what a rewritten checkpoint carries through. Subfolders and hidden files are left out.
+  // Every other regular file in the folder and below it (tokenizer, generation_config.json, *.py,
+  // ...), relative to it: what a rewritten checkpoint carries through. Weights of other formats,
+  // dangling links, unfinished outputs, .git and .cache are left out.
   std::vector<fs::path> OtherFiles() const;
 
   void Read(const TensorInfo& tensor, std::span<std::byte> out) const;

@@ -101,7 +101,7 @@ TEST_F(CheckpointTest, HubCacheSnapshotOfLinks) {
   fs::create_symlink("../../blobs/3333", snapshot / "tokenizer.json");
   const Checkpoint checkpoint = Checkpoint::Open(snapshot);
   EXPECT_NE(checkpoint.Find("a"), nullptr);
-  EXPECT_THAT(checkpoint.OtherFiles(), ElementsAre(snapshot / "tokenizer.json"));
+  EXPECT_THAT(checkpoint.OtherFiles(), ElementsAre(fs::path("tokenizer.json")));
   try {
     Checkpoint::Open(cache.path());
     FAIL();
@@ -197,15 +197,16 @@ TEST_F(CheckpointTest, Config) {
 
 TEST_F(CheckpointTest, OtherFilesAreWhatARewriteCarriesThrough) {
   TwoShards();
-  for (const char* name :
-       {"tokenizer.json", "generation_config.json", "modeling_x.py", ".gitattributes",
-        "reference.safetensors", "pytorch_model.bin", "consolidated.00.pth", "model.Q4.gguf",
-        "x.safetensors.partial", "y.tmp", "sub/file.json"}) {
+  for (const char* name : {"tokenizer.json", "generation_config.json", "modeling_x.py",
+                           ".gitattributes", "reference.safetensors", "pytorch_model.bin",
+                           "consolidated.00.pth", "model.Q4.gguf", "x.safetensors.partial", "y.tmp",
+                           "sub/file.json", ".git/config", "sub/out.partial/file.json"}) {
     folder_.Write(name, "x");
   }
   std::vector<std::string> names;
-  for (const fs::path& path : Open().OtherFiles()) names.push_back(path.filename());
-  EXPECT_THAT(names, ElementsAre("generation_config.json", "modeling_x.py", "tokenizer.json"));
+  for (const fs::path& path : Open().OtherFiles()) names.push_back(path);
+  EXPECT_THAT(names, ElementsAre(".gitattributes", "generation_config.json", "modeling_x.py",
+                                 "sub/file.json", "tokenizer.json"));
 }
 
 TEST_F(CheckpointTest, FingerprintFollowsConfigHeadersAndData) {

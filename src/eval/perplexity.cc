@@ -142,7 +142,13 @@ PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
     for (int64_t t = windows.inputs.offsets[static_cast<size_t>(w)];
          t < windows.inputs.offsets[static_cast<size_t>(w) + 1]; ++t) {
       if (windows.targets[static_cast<size_t>(t)] < 0) continue;
-      sum += scores[static_cast<size_t>(t)];
+      const double score = scores[static_cast<size_t>(t)];
+      if (!std::isfinite(score)) {
+        throw ModelError(fmt::format("the model's logits are not finite (window {}, position {})",
+                                     w, t - windows.inputs.offsets[static_cast<size_t>(w)]),
+                         "the weights may hold NaN or Inf: see winnow doctor MODEL");
+      }
+      sum += score;
       ++tokens;
     }
     window_nll.push_back(sum);

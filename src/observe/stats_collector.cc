@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/error.h"
 #include "kernels/accumulate.h"
 #include "kernels/elementwise.h"
 
@@ -45,6 +46,12 @@ void StatsCollector::SetTarget(const float* target, int64_t first_token) {
 }
 
 void StatsCollector::OnTokens(const MoeTokens& m) {
+  const int64_t count = m.num_tokens * m.num_experts;
+  if (!std::all_of(m.router_logits, m.router_logits + count,
+                   [](float logit) { return std::isfinite(logit); })) {
+    throw ModelError(fmt::format("layer {}: the router's logits are not finite", m.layer),
+                     "the weights hold NaN or Inf: see winnow doctor MODEL");
+  }
   Records(m);
   Sums(m);
 }
