@@ -35,8 +35,9 @@ int RunPlan(Session& session, PlanFlags& flags) {
   if (flags.ratio > 0) {
     const int64_t experts = info.layers.front().num_experts;
     keep = experts - static_cast<int64_t>(std::llround(flags.ratio * static_cast<double>(experts)));
-    session.Note(fmt::format("removing {:.0f} % of {} experts: keeping {}", 100 * flags.ratio,
-                             experts, keep));
+    session.Note(fmt::format(
+        "removing {} of {} experts ({:.1f} %): keeping {}", experts - keep, experts,
+        100.0 * static_cast<double>(experts - keep) / static_cast<double>(experts), keep));
   }
   const NaeeOptions options{.keep = keep, .search = ParseSearch(flags.search)};
   if (flags.compare) {

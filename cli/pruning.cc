@@ -51,6 +51,7 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
 OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsInfo& info) {
   OrderedJson layers = OrderedJson::array();
   std::string unreached;
+  int64_t least = -1, most = 0, least_layer = 0, least_expert = 0;
   for (const StatsLayer& layer : info.layers) {
     const std::vector<int64_t> tokens = LayerStatsReader(stats, info, layer).Coverage();
     std::vector<int32_t> never;
@@ -64,12 +65,20 @@ OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsI
     layers.push_back(
         {{"layer", layer.layer}, {"tokens_per_expert", tokens}, {"never_used", never}});
     const auto [low, high] = std::minmax_element(tokens.begin(), tokens.end());
+    if (least < 0 || *low < least) {
+      least = *low;
+      least_layer = layer.layer;
+      least_expert = low - tokens.begin();
+    }
+    most = std::max(most, *high);
     if (session.flags.verbose) {
-      session.Note(fmt::format("coverage of layer {}: {} to {} tokens an expert", layer.layer,
-                               FormatCount(static_cast<uint64_t>(*low)),
-                               FormatCount(static_cast<uint64_t>(*high))));
+      session.Note(fmt::format("coverage of layer {}, tokens an expert: {}", layer.layer,
+                               fmt::join(tokens, " ")));
     }
   }
+  session.Note(fmt::format("coverage: {} to {} tokens an expert, fewest for expert {} of layer {}",
+                           FormatCount(static_cast<uint64_t>(std::max<int64_t>(least, 0))),
+                           FormatCount(static_cast<uint64_t>(most)), least_expert, least_layer));
   if (!unreached.empty()) {
     session.Warn(
         fmt::format("no calibration token used these experts ({}); what a plan says of them "
