@@ -15,7 +15,7 @@ struct ApplyFlags {
 };
 
 int RunApply(Session& session, const ApplyFlags& flags) {
-  RequireFreshOutput(flags.output, session.flags.force, session.flags.resume);
+  RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   const CompressionPlan plan = ReadPlan(flags.plan);
   const Model model = Model::Open(flags.model);
   ApplyOptions options;
@@ -62,7 +62,9 @@ void AddApply(CLI::App& app, Session& session) {
   CLI::App* verb = app.add_subcommand("apply", "Write the smaller checkpoint a plan describes");
   verb->add_option("MODEL", flags->model, "Checkpoint folder the plan was made for")->required();
   verb->add_option("--plan", flags->plan, "plan.json")->required();
-  verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")->required();
+  verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")
+      ->required()
+      ->transform(OutputPath);
   verb->add_option("--dtype", flags->dtype,
                    "Convert the weights: f32, bf16 or f16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));

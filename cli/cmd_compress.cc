@@ -62,17 +62,24 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
 
 int RunCompress(Session& session, CompressFlags& flags) {
   const fs::path work = flags.output + ".work";
-  // Interrupted while evaluating: the checkpoint is complete, only its measurements are missing.
-  const bool applied_before = session.flags.resume && fs::exists(work) &&
-                              fs::exists(fs::path(flags.output) / "winnow-plan.json");
-  if (!applied_before) {
-    RequireFreshOutput(flags.output, session.flags.force, session.flags.resume);
-  }
   if (fs::exists(work) && !session.flags.resume && !session.flags.force) {
     throw UsageError(fmt::format("{} is left from an interrupted run", work.string()),
                      "go on with --resume, or start again with --force");
   }
+  // Interrupted while evaluating: the checkpoint is complete, only its measurements are missing.
+  const fs::path applied_mark = work / "applied";
+  const bool applied_before = session.flags.resume && fs::exists(applied_mark);
+  if (!applied_before) {
+    RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
+  }
   const Model model = Model::Open(flags.model);
+  // What could be wrong with the evaluation is found out before hours of observing.
+  std::vector<EvalText> texts;
+  const PerplexityProtocol protocol = FindProtocol(flags.protocol);
+  if (!flags.texts.empty()) {
+    texts = LoadEvalTexts(model, flags.model, flags.texts, flags.calibration.blocks.field, protocol,
+                          flags.max_tokens);
+  }
   const fs::path stats = work / "stats";
   const StatsInfo info = Observe(session, flags, model, stats);
   if (session.flags.dry_run) return 0;
@@ -86,6 +93,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
   ApplyResult applied;
   if (!applied_before) {
     applied = ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
+    WriteFileAtomically(applied_mark, "");
   } else if (PlanToJson(ReadPlan(fs::path(flags.output) / "winnow-plan.json")) !=
              PlanToJson(plan)) {
     throw UsageError(fmt::format("{} was made with another model, text or flag", flags.output),
@@ -94,9 +102,6 @@ int RunCompress(Session& session, CompressFlags& flags) {
   const double pruned_seconds = session.seconds();
   std::vector<EvalRow> rows;
   if (!flags.texts.empty()) {
-    const PerplexityProtocol protocol = FindProtocol(flags.protocol);
-    const std::vector<EvalText> texts =
-        LoadEvalTexts(model, flags.model, flags.texts, "text", protocol, flags.max_tokens);
     const std::string spill = work.string();
     const Model smaller = Model::Open(flags.output);
     const auto before = Evaluate(session, model, texts, {}, spill);
@@ -137,7 +142,13 @@ int RunCompress(Session& session, CompressFlags& flags) {
       flags.keep, info.layers.front().num_experts));
   session.Print(fmt::format("pruned in {}, peak memory {}", FormatSeconds(pruned_seconds),
                             FormatBytes(PeakResidentBytes())));
-  if (!rows.empty()) session.Print(EvalTable(rows, flags.protocol));
+  if (!rows.empty()) {
+    session.Print(EvalTable(rows, flags.protocol));
+  } else {
+    session.Note(fmt::format(
+        "nothing was measured: winnow eval ppl {} --text FILE --against {} compares the two",
+        flags.output, flags.model));
+  }
   return 0;
 }
 
@@ -151,7 +162,9 @@ void AddCompress(CLI::App& app, Session& session) {
       ->required()
       ->check(CLI::PositiveNumber);
   AddCalibrationFlags(*verb, flags->calibration);
-  verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")->required();
+  verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")
+      ->required()
+      ->transform(OutputPath);
   verb->add_option("-f,--text", flags->texts, "Texts to measure perplexity on, before and after");
   verb->add_option("--protocol", flags->protocol, "Perplexity protocol (default bos-512)");
   verb->add_option("--tokens", flags->max_tokens, "Tokens of each text (default 8192)")

@@ -25,7 +25,7 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
     throw UsageError("--progressive and --keep R go together",
                      "progressive pruning chooses R survivors while it observes");
   }
-  RequireFreshOutput(flags.output, session.flags.force, session.flags.resume);
+  RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   const Model model = Model::Open(flags.model);
   ObserveOptions& options = flags.options;
   if (!flags.stats.empty()) options.level = ParseStatsLevel(flags.stats);
@@ -81,7 +81,9 @@ void AddObserve(CLI::App& app, Session& session) {
       app.add_subcommand("observe", "Gather statistics of the experts on your text, in one pass");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   AddCalibrationFlags(*verb, flags->calibration);
-  verb->add_option("-o,--output", flags->output, "Statistics folder to write")->required();
+  verb->add_option("-o,--output", flags->output, "Statistics folder to write")
+      ->required()
+      ->transform(OutputPath);
   verb->add_option("--stats", flags->stats, "routing, routed or full (default: full if it fits)")
       ->check(CLI::IsMember({"routing", "routed", "full"}));
   verb->add_option("-b,--batch", flags->options.batch,

@@ -29,7 +29,7 @@ int RunPlan(Session& session, PlanFlags& flags) {
   if ((flags.keep > 0) == (flags.ratio > 0)) {
     throw UsageError("give either --keep R (experts kept) or --ratio X (share removed)");
   }
-  if (!flags.output.empty()) RequireFreshOutput(flags.output, session.flags.force, false);
+  if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   const StatsInfo info = ReadStatsInfo(flags.stats);
   int64_t keep = flags.keep;
   if (flags.ratio > 0) {
@@ -78,7 +78,7 @@ void AddPlan(CLI::App& app, Session& session) {
       ->check(CLI::Range(0.001, 0.999));
   verb->add_option("--target", flags->target,
                    "Loader the result must satisfy: transformers, vllm, llama.cpp");
-  verb->add_option("-o,--output", flags->output, "plan.json to write");
+  verb->add_option("-o,--output", flags->output, "plan.json to write")->transform(OutputPath);
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, false);
   session.AddReportFlags(*verb);

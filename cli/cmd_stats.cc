@@ -16,7 +16,7 @@ struct StatsFlags {
 
 int RunMerge(Session& session, const StatsFlags& flags) {
   if (flags.inputs.size() < 2) throw UsageError("stats merge needs two or more statistics folders");
-  RequireFreshOutput(flags.output, session.flags.force, true);
+  RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags);
   std::vector<fs::path> parts(flags.inputs.begin(), flags.inputs.end());
   std::vector<StatsInfo> infos;
   for (const fs::path& part : parts) infos.push_back(ReadStatsInfo(part));
@@ -44,7 +44,9 @@ void AddStats(CLI::App& app, Session& session) {
   CLI::App* merge = verb->add_subcommand("merge", "Join statistics of different texts");
   merge->set_help_flag("-h,--help", "Help");
   merge->add_option("STATS", flags->inputs, "Statistics folders")->required();
-  merge->add_option("-o,--output", flags->output, "Statistics folder to write")->required();
+  merge->add_option("-o,--output", flags->output, "Statistics folder to write")
+      ->required()
+      ->transform(OutputPath);
   session.AddOutputFlags(*merge, false);
   session.AddReportFlags(*merge);
   merge->footer("Example: winnow stats merge PROSE CODE -o BOTH");

@@ -88,7 +88,7 @@ int RunTrace(Session& session, const TraceFlags& flags) {
     throw UsageError(fmt::format("{}: trace needs rows of equal length", flags.ids),
                      "give input_ids as [rows, tokens]");
   }
-  RequireFreshOutput(flags.output, session.flags.force, false);
+  RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   const int64_t h = model.config().hidden_size, num_layers = model.config().num_layers();
   const int64_t n = tokens.num_tokens();
   MemoryPlan plan;
@@ -136,7 +136,9 @@ void AddTrace(CLI::App& app, Session& session) {
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("--ids", flags->ids, "safetensors file with input_ids [rows, tokens]")
       ->required();
-  verb->add_option("-o,--output", flags->output, "safetensors file to write")->required();
+  verb->add_option("-o,--output", flags->output, "safetensors file to write")
+      ->required()
+      ->transform(OutputPath);
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, false);
   session.AddReportFlags(*verb);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <new>
 
 #include "base/error.h"
@@ -49,7 +50,10 @@ std::vector<std::string> NormalizedArguments(int argc, char** argv) {
 int ReportUsage(const CLI::App& app, const CLI::ParseError& problem) {
   const CLI::App* verb = &app;
   while (!verb->get_subcommands().empty()) verb = verb->get_subcommands().front();
-  const std::string name = verb == &app ? "winnow" : fmt::format("winnow {}", verb->get_name());
+  std::string name = "winnow";
+  for (const CLI::App* at = &app; at != verb; at = at->get_subcommands().front()) {
+    name += " " + at->get_subcommands().front()->get_name();
+  }
   std::string hint = fmt::format("see {} -h", name);
   // A misspelt flag is named before the flag that is missing because of it.
   std::string wrong;
@@ -104,6 +108,9 @@ int Main(int argc, char** argv) {
     }
     const int code = session.action();
     session.FinishProgress();
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+      throw RuntimeError("cannot write to standard output", "is the disk full?");
+    }
     return code;
   } catch (const CLI::CallForHelp&) {
     const auto verbs = app.get_subcommands();
@@ -123,6 +130,11 @@ int Main(int argc, char** argv) {
     session.FinishProgress();
     PrintError("out of memory", "give a smaller --max-memory, so that the work is planned for it");
     return static_cast<int>(ExitCode::kResource);
+  } catch (const std::filesystem::filesystem_error& error) {
+    session.FinishProgress();
+    PrintError(fmt::format("{}: {}", error.path1().string(), error.code().message()),
+               "check the path and its permissions");
+    return static_cast<int>(ExitCode::kRuntime);
   } catch (const std::exception& error) {
     session.FinishProgress();
     PrintError(fmt::format("internal: {}", error.what()),

@@ -158,17 +158,57 @@ void Session::AddReportFlags(CLI::App& verb) {
   verb.add_flag("-v,--verbose", flags.verbose, "More notes");
 }
 
-void RequireFreshOutput(const std::string& path, bool force, bool resume) {
-  if (fs::exists(path) && !force) {
-    throw UsageError(fmt::format("{} exists already", path),
-                     "choose another name with -o, or replace it with --force");
+std::string OutputPath(std::string path) {
+  while (path.size() > 1 && path.ends_with('/')) path.pop_back();
+  if (path.empty()) throw UsageError("-o: the name is empty", "name the output to write");
+  return path;
+}
+
+namespace {
+
+bool LiesIn(const fs::path& inner, const fs::path& outer) {
+  return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
+}
+
+// Whether --force may remove the folder: it is empty, or one of ours.
+bool IsOurs(const fs::path& folder) {
+  return fs::is_empty(folder) || fs::exists(folder / "stats.json") ||
+         fs::exists(folder / "winnow-plan.json");
+}
+
+}  // namespace
+
+void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFlags& flags,
+                        const std::string& model) {
+  const bool wants_folder = kind == OutputKind::kFolder;
+  if (!model.empty() && wants_folder) {
+    const fs::path out = fs::weakly_canonical(path), in = fs::weakly_canonical(model);
+    if (LiesIn(out, in) || LiesIn(in, out)) {
+      throw UsageError(fmt::format("-o {}: an output cannot share a folder with the model", path),
+                       "choose a folder beside the model");
+    }
+  }
+  if (fs::exists(path)) {
+    if (fs::is_directory(path) != wants_folder) {
+      throw UsageError(fmt::format("{} exists and is a {}", path, wants_folder ? "file" : "folder"),
+                       "choose another name with -o");
+    }
+    if (!flags.force) {
+      throw UsageError(fmt::format("{} exists already", path),
+                       "choose another name with -o, or replace it with --force");
+    }
+    if (wants_folder && !IsOurs(path)) {
+      throw UsageError(
+          fmt::format("{} was not written by winnow, so --force leaves it alone", path),
+          "choose another name with -o, or remove it yourself");
+    }
   }
   const fs::path parent = fs::absolute(path).parent_path();
   if (!fs::is_directory(parent)) {
     throw UsageError(fmt::format("the folder {} does not exist", parent.string()),
                      "create it first");
   }
-  if (!resume && !force && fs::exists(path + ".partial")) {
+  if (!flags.resume && !flags.force && fs::exists(path + ".partial")) {
     throw UsageError(fmt::format("{}.partial is left from an interrupted run", path),
                      "go on with --resume, or start again with --force");
   }

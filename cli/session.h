@@ -89,8 +89,14 @@ class Session {
 // Ctrl-C sets this; polled by long computations.
 extern std::atomic<bool> g_interrupted;
 
-// Refuses an existing output unless --force (then it is replaced at the end, not before).
-void RequireFreshOutput(const std::string& path, bool force, bool resume);
+enum class OutputKind { kFile, kFolder };
+// Refuses, before any work: an existing output unless --force (then it is replaced at the end, not
+// before, and only if winnow wrote it), a path of the other kind, and a folder that is, holds or
+// lies in `model`.
+void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFlags& flags,
+                        const std::string& model = "");
+// For -o: without trailing slashes, so that OUT.partial lies beside OUT; refuses nothing at all.
+std::string OutputPath(std::string path);
 
 // The option of `known` that is nearest to `wrong`, empty if none is near.
 std::string Suggest(const std::string& wrong, const std::vector<std::string>& known);

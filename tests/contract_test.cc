@@ -153,6 +153,26 @@ TEST(Contract, WhatDoesNotFitTheBudgetIsRefusedBeforehand) {
   EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{});
 }
 
+// --force replaces what winnow wrote and nothing else; a trailing slash is no other name.
+TEST(Contract, ForceReplacesOnlyOurOwn) {
+  const TemporaryFolder folder;
+  const auto observe = [&](const std::string& output) {
+    return RunWinnow({"observe", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "2",
+                      "-q", "--force", "-o", output});
+  };
+  EXPECT_EQ(observe(folder / "stats/").exit_code, 0);
+  EXPECT_EQ(observe(folder / "stats/").exit_code, 0);
+  EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"stats"});
+  fs::create_directory(folder / "precious");
+  WriteText(folder / "precious/thesis", "text");
+  EXPECT_EQ(observe(folder / "precious").exit_code, kUsage);
+  EXPECT_TRUE(fs::exists(folder / "precious/thesis"));
+  EXPECT_EQ(observe(folder / "precious/thesis").exit_code, kUsage);  // a file where a folder goes
+  EXPECT_EQ(observe(SampleModel()).exit_code, kUsage);
+  EXPECT_EQ(observe(SampleModel() + "/stats").exit_code, kUsage);
+  EXPECT_EQ(observe("").exit_code, kUsage);
+}
+
 TEST(Contract, PlansForAnotherModelAreRefused) {
   const TemporaryFolder folder;
   const std::string kept =
