@@ -16,6 +16,9 @@
 namespace winnow::cli {
 namespace {
 
+// In OUT.work: OUT is an older checkpoint that this run replaces.
+constexpr const char* kReplacesName = "replaces";
+
 struct CompressFlags {
   std::string model, output, protocol = "bos-512", target = "transformers";
   CalibrationFlags calibration;
@@ -56,6 +59,7 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
   // Only now: what is refused above leaves nothing behind.
   if (!session.flags.resume) fs::remove_all(stats.parent_path());
   fs::create_directories(stats.parent_path());
+  if (fs::exists(flags.output)) WriteFileAtomically(stats.parent_path() / kReplacesName, "");
   RunObserve(model, sources, options, plan, stats, session.pool(), session.control());
   return plan.info;
 }
@@ -67,8 +71,11 @@ int RunCompress(Session& session, CompressFlags& flags) {
                      "go on with --resume, or start again with --force");
   }
   // Interrupted while evaluating: the checkpoint is complete, only its measurements are missing.
-  const fs::path applied_mark = work / "applied";
-  const bool applied_before = session.flags.resume && fs::exists(applied_mark);
+  // But OUT may also be what an interrupted --force was about to replace.
+  const fs::path replaces = work / kReplacesName;
+  if (session.flags.resume && fs::exists(replaces)) session.flags.force = true;
+  const bool applied_before = session.flags.resume && fs::exists(work) && !fs::exists(replaces) &&
+                              fs::exists(fs::path(flags.output) / "winnow-plan.json");
   if (!applied_before) {
     RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   }
@@ -93,7 +100,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
   ApplyResult applied;
   if (!applied_before) {
     applied = ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
-    WriteFileAtomically(applied_mark, "");
+    fs::remove(replaces);
   } else if (PlanToJson(ReadPlan(fs::path(flags.output) / "winnow-plan.json")) !=
              PlanToJson(plan)) {
     throw UsageError(fmt::format("{} was made with another model, text or flag", flags.output),

@@ -49,21 +49,34 @@ std::vector<std::string> NormalizedArguments(int argc, char** argv) {
 
 int ReportUsage(const CLI::App& app, const CLI::ParseError& problem) {
   const CLI::App* verb = &app;
-  while (!verb->get_subcommands().empty()) verb = verb->get_subcommands().front();
   std::string name = "winnow";
-  for (const CLI::App* at = &app; at != verb; at = at->get_subcommands().front()) {
-    name += " " + at->get_subcommands().front()->get_name();
+  while (!verb->get_subcommands().empty()) {
+    verb = verb->get_subcommands().front();
+    name += " " + verb->get_name();
   }
   std::string hint = fmt::format("see {} -h", name);
   // A misspelt flag is named before the flag that is missing because of it.
-  std::string wrong;
+  const bool lacks_verb = !verb->get_subcommands([](const CLI::App*) { return true; }).empty();
+  std::string wrong, word;
   for (const std::string& extra : verb->remaining(true)) {
+    if (word.empty() && extra.rfind('-', 0) != 0) word = extra;
     if (wrong.empty() || (wrong.rfind('-', 0) != 0 && extra.rfind('-', 0) == 0)) wrong = extra;
   }
-  if (dynamic_cast<const CLI::ExtrasError*>(&problem) != nullptr || wrong.rfind('-', 0) == 0) {
+  if (lacks_verb && !word.empty()) wrong = word;
+  const bool extras = dynamic_cast<const CLI::ExtrasError*>(&problem) != nullptr;
+  if (extras && wrong.empty()) {
+    // Nothing is left over of the verb itself, so it stood before the verb.
+    for (const std::string& extra : app.remaining(true)) {
+      if (wrong.empty() || (wrong.rfind('-', 0) != 0 && extra.rfind('-', 0) == 0)) wrong = extra;
+    }
+    PrintError(fmt::format("{} stands before the verb", wrong),
+               fmt::format("flags follow the verb: {} ... {}", name, wrong));
+    return static_cast<int>(ExitCode::kUsage);
+  }
+  if (!wrong.empty() && (extras || lacks_verb || wrong.rfind('-', 0) == 0)) {
     const std::string near = Suggest(wrong.substr(0, wrong.find('=')), KnownNames(*verb));
     if (!near.empty()) hint = fmt::format("did you mean {}?", near);
-    const char* what = verb == &app && wrong.rfind('-', 0) != 0 ? "verb" : "argument";
+    const char* what = lacks_verb && wrong.rfind('-', 0) != 0 ? "verb" : "argument";
     PrintError(fmt::format("unknown {} {}", what, wrong), hint);
   } else {
     PrintError(problem.what(), hint);
@@ -71,12 +84,28 @@ int ReportUsage(const CLI::App& app, const CLI::ParseError& problem) {
   return static_cast<int>(ExitCode::kUsage);
 }
 
+// What a full disk or a closed pipe kept back is lost; scripts must not take it for the result.
+void FinishOutput() {
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+    throw RuntimeError("cannot write to standard output",
+                       "check that its disk has space and its reader is still there");
+  }
+}
+
+// Without SA_RESTART, so that a read that waits comes back and the flag is looked at.
+void CatchInterrupts() {
+  struct sigaction action = {};
+  action.sa_handler = OnInterrupt;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
 int Main(int argc, char** argv) {
   // Large buffers come from the kernel and go back to it, so that RSS is what is held.
   mallopt(M_MMAP_THRESHOLD, 1 << 20);
   mallopt(M_TRIM_THRESHOLD, 1 << 20);
-  std::signal(SIGINT, OnInterrupt);
-  std::signal(SIGTERM, OnInterrupt);
+  CatchInterrupts();
   Session session;
   CLI::App app{"winnow: fit a Mixture-of-Experts language model to the machine you have", "winnow"};
   app.set_version_flag("--version", "winnow " WINNOW_VERSION);
@@ -108,9 +137,7 @@ int Main(int argc, char** argv) {
     }
     const int code = session.action();
     session.FinishProgress();
-    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
-      throw RuntimeError("cannot write to standard output", "is the disk full?");
-    }
+    FinishOutput();
     return code;
   } catch (const CLI::CallForHelp&) {
     const auto verbs = app.get_subcommands();
@@ -132,8 +159,10 @@ int Main(int argc, char** argv) {
     return static_cast<int>(ExitCode::kResource);
   } catch (const std::filesystem::filesystem_error& error) {
     session.FinishProgress();
-    PrintError(fmt::format("{}: {}", error.path1().string(), error.code().message()),
-               "check the path and its permissions");
+    PrintError(error.path1().empty() ? std::string(error.what())
+                                     : fmt::format("cannot use {}: {}", error.path1().string(),
+                                                   error.code().message()),
+               "check the path, its permissions and the space on its disk");
     return static_cast<int>(ExitCode::kRuntime);
   } catch (const std::exception& error) {
     session.FinishProgress();
