@@ -20,6 +20,12 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
     throw UsageError("give either --text FILE... or --ids FILE...");
   }
   const PerplexityProtocol protocol = FindProtocol(flags.protocol);
+  for (const std::string& path : flags.texts) {
+    // Its numbers would stand under the name of a protocol that does not apply to ids.
+    if (ParseTextSource(path).is_token_ids) {
+      throw UsageError(fmt::format("--text {}: this file holds token ids", path), "use --ids");
+    }
+  }
   const Model model = Model::Open(flags.model);
   std::vector<EvalText> texts;
   for (const std::string& path : flags.ids) {
