@@ -1,5 +1,5 @@
 // How fast texts become token ids, on one thread: megabytes of UTF-8 per second, CPU time, best of
-// the rounds. Checks first that the ids decode to the text.
+// the rounds. Beside it, how many texts the ids decode to: some styles change text on purpose.
 //
 //   tokenizer_bench [--rounds=N] TEXT... -- FOLDER...
 #include <algorithm>

@@ -99,14 +99,12 @@ uint64_t RequirePlanMemory(Session& session, const StatsInfo& info, const NaeeOp
   return session.memory_budget() - memory.total_bytes();
 }
 
-LayerPlan ChooseByScore(const ScoreMethod& method, const ScoreInput& input, int64_t keep) {
+LayerPlan ChooseByScore(const std::vector<double>& scores, const ScoreInput& input, int64_t keep) {
   LayerPlan plan;
   plan.layer = input.layer.layer;
   plan.num_experts = input.layer.num_experts;
-  plan.kept = HighestScores(method.score(input), keep);
-  for (int32_t e = 0; e < plan.num_experts; ++e) {
-    if (!std::binary_search(plan.kept.begin(), plan.kept.end(), e)) plan.dropped.push_back(e);
-  }
+  plan.kept = HighestScores(scores, keep);
+  plan.dropped = OtherExperts(plan.kept, plan.num_experts);
   if (input.info.level == StatsLevel::kFull) {
     plan.loss =
         NaeeLoss(input.records, input.info, input.layer, plan.kept, input.pool, input.control);
@@ -179,11 +177,10 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
           ChooseNaee(records, info, layer, options, session.pool(), session.control()));
     } else {
       const ExpertSummary summary = SummarizeExperts(records, info, layer);
-      plan.layers.push_back(
-          ChooseByScore(*score,
-                        {records, info, layer, summary, options.memory_budget_bytes, session.pool(),
-                         session.control()},
-                        options.keep));
+      const ScoreInput input{
+          records,          info, layer, summary, options.memory_budget_bytes, session.pool(),
+          session.control()};
+      plan.layers.push_back(ChooseByScore(score->score(input), input, options.keep));
     }
     const auto gone = static_cast<uint64_t>(layer.num_experts - options.keep);
     plan.bytes_after -= std::min(plan.bytes_after, gone * layer.expert_bytes);
@@ -204,6 +201,12 @@ void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& in
   NaeeOptions naee = options;
   naee.memory_budget_bytes = RequirePlanMemory(session, info, options);
   if (full) CheckNaee(info, options);
+  std::vector<const ScoreMethod*> usable;
+  for (const ScoreMethod* method : ScoreMethods()) {
+    if (static_cast<int>(info.level) < static_cast<int>(method->needs)) continue;
+    CheckScoreMethod(*method, info, options.keep);
+    usable.push_back(method);
+  }
   OrderedJson layers = OrderedJson::array();
   std::string text = fmt::format("keeping {} experts a layer; loss is NAEE's\n", options.keep);
   text += "  layer  method          loss        correlation  dropped experts\n";
@@ -230,11 +233,10 @@ void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& in
     if (full) {
       add("naee", ChooseNaee(records, info, layer, naee, session.pool(), session.control()), {});
     }
-    for (const ScoreMethod* method : ScoreMethods()) {
-      if (static_cast<int>(info.level) < static_cast<int>(method->needs)) continue;
-      CheckScoreMethod(*method, info, options.keep);
-      add(method->name, ChooseByScore(*method, input, options.keep),
-          full ? std::optional(RankCorrelation(method->score(input), reference)) : std::nullopt);
+    for (const ScoreMethod* method : usable) {
+      const std::vector<double> scores = method == &kLeaveOneOut ? reference : method->score(input);
+      add(method->name, ChooseByScore(scores, input, options.keep),
+          full ? std::optional(RankCorrelation(scores, reference)) : std::nullopt);
     }
     layers.push_back({{"layer", layer.layer}, {"methods", methods}});
   }

@@ -244,6 +244,30 @@ class Batch {
   std::vector<double> intact_norm_;               // [n]
 };
 
+// The loss of each set of experts to drop, all of one size.
+std::vector<double> SubsetLosses(const LayerStatsReader& records, const StatsInfo& info,
+                                 const StatsLayer& layer,
+                                 const std::vector<std::vector<int32_t>>& subsets, ThreadPool& pool,
+                                 const JobControl& control) {
+  std::vector<double> loss(subsets.size());
+  Batch batch(info, layer.num_experts, std::ssize(subsets.front()), records.has_target());
+  TokenRecords tokens;
+  int64_t first = 0;
+  for (const int64_t num_tokens : info.BatchTokens()) {
+    control.Poll();
+    records.ReadTokens(first, num_tokens, tokens);
+    batch.Prepare(tokens, pool);
+    first += num_tokens;
+    pool.Run(std::ssize(subsets), [&](int64_t i, int) {
+      const auto at = static_cast<size_t>(i);
+      std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts));
+      for (const int32_t e : subsets[at]) gone[static_cast<size_t>(e)] = 1;
+      loss[at] += std::sqrt(batch.SquaredError(subsets[at], gone));
+    });
+  }
+  return loss;
+}
+
 // `second`: the loss of the next best set, infinite if there is none.
 LayerPlan MakeLayerPlan(const StatsLayer& layer, const std::vector<int32_t>& kept, double loss,
                         double second) {
@@ -255,9 +279,7 @@ LayerPlan MakeLayerPlan(const StatsLayer& layer, const std::vector<int32_t>& kep
   plan.layer = layer.layer;
   plan.num_experts = layer.num_experts;
   plan.kept = kept;
-  for (int32_t e = 0; e < layer.num_experts; ++e) {
-    if (!std::binary_search(kept.begin(), kept.end(), e)) plan.dropped.push_back(e);
-  }
+  plan.dropped = OtherExperts(kept, layer.num_experts);
   plan.loss = loss;
   if (std::isfinite(second) && loss > 0) plan.margin = (second - loss) / loss;
   return plan;
@@ -343,52 +365,21 @@ void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
 
 double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
                 const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control) {
-  std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts), 1);
-  for (const int32_t e : kept) gone[static_cast<size_t>(e)] = 0;
-  std::vector<int32_t> dropped;
-  for (int32_t e = 0; e < layer.num_experts; ++e) {
-    if (gone[static_cast<size_t>(e)] != 0) dropped.push_back(e);
-  }
-  Batch batch(info, layer.num_experts, std::ssize(dropped), records.has_target());
-  TokenRecords tokens;
-  int64_t first = 0;
-  double loss = 0;
-  for (const int64_t num_tokens : info.BatchTokens()) {
-    control.Poll();
-    records.ReadTokens(first, num_tokens, tokens);
-    batch.Prepare(tokens, pool);
-    first += num_tokens;
-    loss += std::sqrt(batch.SquaredError(dropped, gone));
-  }
-  return loss;
+  return SubsetLosses(records, info, layer, {OtherExperts(kept, layer.num_experts)}, pool, control)
+      .front();
 }
 
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
                      const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,
                      const JobControl& control) {
-  const int64_t experts = layer.num_experts, num_dropped = experts - options.keep;
   if (ResolveSearch(options, layer) == SubsetSearch::kEliminate) {
     const NaeeSet found =
         SearchNaee(records, info, layer, options.keep, options.memory_budget_bytes, pool, control);
     return MakeLayerPlan(layer, found.kept, found.loss, found.next_loss);
   }
-  const std::vector<std::vector<int32_t>> subsets = Subsets(experts, num_dropped);
-  std::vector<double> loss(subsets.size());
-  Batch batch(info, experts, num_dropped, records.has_target());
-  TokenRecords tokens;
-  int64_t first = 0;
-  for (const int64_t num_tokens : info.BatchTokens()) {
-    control.Poll();
-    records.ReadTokens(first, num_tokens, tokens);
-    batch.Prepare(tokens, pool);
-    first += num_tokens;
-    pool.Run(static_cast<int64_t>(subsets.size()), [&](int64_t i, int) {
-      const auto at = static_cast<size_t>(i);
-      std::vector<uint8_t> gone(static_cast<size_t>(experts));
-      for (const int32_t e : subsets[at]) gone[static_cast<size_t>(e)] = 1;
-      loss[at] += std::sqrt(batch.SquaredError(subsets[at], gone));
-    });
-  }
+  const std::vector<std::vector<int32_t>> subsets =
+      Subsets(layer.num_experts, layer.num_experts - options.keep);
+  const std::vector<double> loss = SubsetLosses(records, info, layer, subsets, pool, control);
   size_t best = 0;
   for (size_t i = 1; i < loss.size(); ++i) {
     if (loss[i] < loss[best]) best = i;
@@ -397,11 +388,7 @@ LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
   for (size_t i = 0; i < loss.size(); ++i) {
     if (i != best) second = std::min(second, loss[i]);
   }
-  std::vector<int32_t> kept;
-  for (int32_t e = 0; e < experts; ++e) {
-    if (!std::binary_search(subsets[best].begin(), subsets[best].end(), e)) kept.push_back(e);
-  }
-  return MakeLayerPlan(layer, kept, loss[best], second);
+  return MakeLayerPlan(layer, OtherExperts(subsets[best], layer.num_experts), loss[best], second);
 }
 
 }  // namespace winnow

@@ -330,8 +330,8 @@ class Searcher {
     const auto at = static_cast<size_t>(token);
     const std::span<const uint16_t> used = Selected(token);
     const double target = target_norm_[at];
-    // Dropped experts that would be used: `rank_of` 1 even if no one leaves, 2 only once a used one
-    // has left.
+    // Dropped experts that would be used if they came back: 1 even if no used one leaves, 2 only if
+    // one does.
     std::vector<uint8_t> enters(static_cast<size_t>(experts_));
     for (int64_t rank = 0, found = 0; rank < experts_ && view.order[rank] != next_[at]; ++rank) {
       const uint16_t e = view.order[rank];

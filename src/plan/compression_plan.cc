@@ -93,6 +93,14 @@ bool StrictlyAscending(const std::vector<int32_t>& list) {
 
 }  // namespace
 
+std::vector<int32_t> OtherExperts(const std::vector<int32_t>& some, int64_t num_experts) {
+  std::vector<int32_t> others;
+  for (int32_t e = 0; e < num_experts; ++e) {
+    if (!std::binary_search(some.begin(), some.end(), e)) others.push_back(e);
+  }
+  return others;
+}
+
 OrderedJson PlanToJson(const CompressionPlan& plan) {
   OrderedJson layers = OrderedJson::array();
   for (const LayerPlan& layer : plan.layers) {

@@ -23,6 +23,10 @@ struct LayerPlan {
   std::optional<double> margin;  // (second best - best) / best; nothing if there was one candidate
 };
 
+// The numbers below `num_experts` that are not among `some` (ascending): dropped from kept and the
+// other way round.
+std::vector<int32_t> OtherExperts(const std::vector<int32_t>& some, int64_t num_experts);
+
 struct CompressionPlan {
   std::string method;
   std::string search;  // how the set was found, e.g. "enumeration"
