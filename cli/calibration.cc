@@ -16,9 +16,9 @@ void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags) {
           "FILE:SHARE weighs several")
       ->required();
   verb.add_option("--blocks", flags.blocks.num_blocks, "Blocks over all texts (default 128)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb.add_option("--block", flags.blocks.block_tokens, "Tokens a block (default 512)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb.add_option("--seed", flags.blocks.seed, "Seed of the document shuffle (default 42)");
   verb.add_option("--field", flags.blocks.field, "Key of the text in .jsonl (default text)");
 }
@@ -26,6 +26,7 @@ void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags) {
 std::vector<SourceBlocks> LoadCalibration(const Session& session, const Model& model,
                                           const std::string& model_folder,
                                           const CalibrationFlags& flags) {
+  const EndOnInterrupt reading;
   std::vector<TextSource> sources;
   bool any_text = false;
   for (const std::string& argument : flags.sources) {

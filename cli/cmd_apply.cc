@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/units.h"
 #include "plan/compression_plan.h"
+#include "plan/loader_target.h"
 #include "session.h"
 
 namespace winnow::cli {
@@ -17,6 +18,7 @@ struct ApplyFlags {
 int RunApply(Session& session, const ApplyFlags& flags) {
   RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   const CompressionPlan plan = ReadPlan(flags.plan);
+  if (!plan.target.empty()) CheckTarget(plan, plan.target);
   const Model model = Model::Open(flags.model);
   ApplyOptions options;
   options.resume = session.flags.resume;
@@ -32,7 +34,12 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   session.Note(fmt::format("apply: {} -> {} experts, {} -> {}", rewrite.experts_before,
                            rewrite.experts_after, FormatBytes(rewrite.bytes_before),
                            FormatBytes(rewrite.bytes_after)));
-  if (session.flags.dry_run) return 0;
+  if (session.flags.dry_run) {
+    session.PrintDryRun("apply", {{"bytes_to_read", rewrite.bytes_after},
+                                  {"bytes_to_write", rewrite.bytes_after},
+                                  {"bytes_before", rewrite.bytes_before}});
+    return 0;
+  }
   const ApplyResult result =
       ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
   if (session.flags.json) {

@@ -10,6 +10,7 @@
 #include "evaluation.h"
 #include "methods/naee.h"
 #include "observe/layer_stats.h"
+#include "plan/loader_target.h"
 #include "pruning.h"
 #include "session.h"
 
@@ -27,6 +28,19 @@ struct CompressFlags {
   int64_t keep = 0, max_tokens = 8192;
   bool progressive = false, keep_stats = false;
 };
+
+// What an interrupted or --keep-stats run leaves: nothing but these.
+bool IsWorkFolder(const fs::path& work) {
+  if (!fs::is_directory(work)) return false;
+  for (const fs::directory_entry& entry : fs::directory_iterator(work)) {
+    const std::string name = entry.path().filename().string();
+    if (name != "stats" && name != "stats.partial" && name != kReplacesName &&
+        !name.ends_with(".spill")) {
+      return false;
+    }
+  }
+  return true;
+}
 
 // The statistics, from an earlier unfinished run if it got that far.
 StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
@@ -47,7 +61,10 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
       LoadCalibration(session, model, flags.model, flags.calibration);
   const ObservePlan plan = PrepareObserve(session, model, sources, options, stats.string());
   CheckNaee(plan.info, {.keep = flags.keep});
-  if (session.flags.dry_run) return plan.info;
+  if (session.flags.dry_run) {
+    session.PrintDryRun("compress", DescribeObserve(plan));
+    return plan.info;
+  }
   if (session.flags.resume && fs::exists(stats / "stats.json")) {
     const StatsInfo finished = ReadStatsInfo(stats);
     if (StatsInfoToJson(finished) != StatsInfoToJson(plan.info)) {
@@ -66,6 +83,11 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
 
 int RunCompress(Session& session, CompressFlags& flags) {
   const fs::path work = flags.output + ".work";
+  if (fs::exists(work) && session.flags.force && !IsWorkFolder(work)) {
+    throw UsageError(
+        fmt::format("{} was not written by winnow, so --force leaves it alone", work.string()),
+        "choose another name with -o, or remove it yourself");
+  }
   if (fs::exists(work) && !session.flags.resume && !session.flags.force) {
     throw UsageError(fmt::format("{} is left from an interrupted run", work.string()),
                      "go on with --resume, or start again with --force");
@@ -79,6 +101,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
   if (!applied_before) {
     RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   }
+  CheckTargetName(flags.target);
   const Model model = Model::Open(flags.model);
   // What could be wrong with the evaluation is found out before hours of observing.
   std::vector<EvalText> texts;
@@ -89,7 +112,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
   }
   const fs::path stats = work / "stats";
   const StatsInfo info = Observe(session, flags, model, stats);
-  if (session.flags.dry_run) return 0;
+  if (session.flags.dry_run) return 0;  // Observe() has said it
   ReportCoverage(session, stats, info);
   const CompressionPlan plan =
       MakePruningPlan(session, stats, info, {.naee = {.keep = flags.keep}}, flags.target);
@@ -120,10 +143,10 @@ int RunCompress(Session& session, CompressFlags& flags) {
         protocol.name, protocol.description);
     for (const EvalRow& row : rows) {
       const PairedDifference d = Compare(*row.original, row.result);
-      measured +=
-          fmt::format("| {} | {} | {:.3f} | {:.3f} | {:+.4f} +- {:.4f} |\n", row.name,
-                      FormatCount(static_cast<uint64_t>(row.result.tokens)),
-                      row.original->perplexity, row.result.perplexity, d.nll, d.standard_error);
+      measured += fmt::format("| {} | {} | {:.3f} | {:.3f} | {:+.4f} +- {} |\n", row.name,
+                              FormatCount(static_cast<uint64_t>(row.result.tokens)),
+                              row.original->perplexity, row.result.perplexity, d.nll,
+                              FormatStandardError(d.standard_error));
     }
     WriteFileAtomically(fs::path(flags.output) / CardFileName(model.checkpoint()),
                         ModelCard(plan, rewrite, measured));
@@ -167,7 +190,7 @@ void AddCompress(CLI::App& app, Session& session) {
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("--keep", flags->keep, "Experts to keep in each layer")
       ->required()
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   AddCalibrationFlags(*verb, flags->calibration);
   verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")
       ->required()
@@ -175,12 +198,12 @@ void AddCompress(CLI::App& app, Session& session) {
   verb->add_option("-f,--text", flags->texts, "Texts to measure perplexity on, before and after");
   verb->add_option("--protocol", flags->protocol, "Perplexity protocol (default bos-512)");
   verb->add_option("--tokens", flags->max_tokens, "Tokens of each text (default 8192)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb->add_flag("--progressive", flags->progressive,
                  "Choose each layer on the already pruned stream");
   verb->add_option("-b,--batch", flags->observe.batch,
                    "Sequences in a batch of the published loss (default 8)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb->add_option("--target", flags->target,
                    "Loader the result must satisfy: transformers, vllm, llama.cpp");
   verb->add_flag("--keep-stats", flags->keep_stats, "Leave the statistics in OUT.work");

@@ -10,7 +10,7 @@ namespace winnow::cli {
 namespace {
 
 struct EvalFlags {
-  std::string model, against, protocol = "bos-512", field = "text", plan;
+  std::string model, against, protocol, field = "text", plan;
   std::vector<std::string> texts, ids;
   int64_t max_tokens = 0;
 };
@@ -19,7 +19,12 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
   if (flags.texts.empty() == flags.ids.empty()) {
     throw UsageError("give either --text FILE... or --ids FILE...");
   }
-  const PerplexityProtocol protocol = FindProtocol(flags.protocol);
+  if (!flags.ids.empty() && (!flags.protocol.empty() || flags.max_tokens > 0)) {
+    throw UsageError("--ids takes neither --protocol nor --tokens",
+                     "rows of the file are the windows, all positions but the first are scored");
+  }
+  const PerplexityProtocol protocol =
+      FindProtocol(flags.protocol.empty() ? "bos-512" : flags.protocol);
   for (const std::string& path : flags.texts) {
     // Its numbers would stand under the name of a protocol that does not apply to ids.
     if (ParseTextSource(path).is_token_ids) {
@@ -54,7 +59,12 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
   const std::vector<PerplexityResult> results =
       Evaluate(session, model, texts, WhatIf(session, model, flags.plan),
                fs::temp_directory_path().string());
-  if (session.flags.dry_run) return 0;
+  if (session.flags.dry_run) {
+    int64_t tokens = 0;
+    for (const EvalText& text : texts) tokens += text.windows.scored;
+    session.PrintDryRun("eval ppl", {{"protocol", name}, {"tokens", tokens}});
+    return 0;
+  }
   std::vector<EvalRow> rows;
   for (size_t i = 0; i < texts.size(); ++i) {
     rows.push_back({texts[i].name, results[i], std::nullopt});
@@ -84,9 +94,9 @@ void AddEval(CLI::App& app, Session& session) {
   ppl->add_option("--ids", flags->ids, "Token id file(s): rows are windows");
   ppl->add_option("--against", flags->against, "Original model: adds the paired difference");
   ppl->add_option("--protocol", flags->protocol,
-                  "bos-512, plain-512, gptq-wikitext2-2048, llamacpp-512");
+                  "bos-512 (default), plain-512, gptq-wikitext2-2048, llamacpp-512");
   ppl->add_option("--tokens", flags->max_tokens, "Tokens of each text (default: all whole windows)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   ppl->add_option("--field", flags->field, "Key of the text in .jsonl (default text)");
   ppl->add_option("--plan", flags->plan, "Behave as if this plan were applied");
   session.AddComputeFlags(*ppl);

@@ -52,6 +52,10 @@ int RunInspect(Session& session, const std::string& folder) {
       LayerReader::AllLayersBytes(model, {}) + model.lm_head().bytes() +
       KeyValueCache::Bytes(config.num_layers(), config.num_kv_heads, config.head_dim, 2048) +
       kProgramBytes;
+  MemoryPlan memory;
+  memory.Add("program", kProgramBytes);
+  memory.Add("names and places of tensors", model.checkpoint().tensors().size() * 1024);
+  session.RequireMemory(memory, "inspect");
   if (session.flags.json) {
     session.PrintJson({{"schema", "winnow.inspect/1"},
                        {"model_type", config.family->model_type},
@@ -126,6 +130,7 @@ void AddInspect(CLI::App& app, Session& session) {
   CLI::App* verb =
       app.add_subcommand("inspect", "What a checkpoint is, its sizes, what can be done with it");
   verb->add_option("MODEL", *folder, "Checkpoint folder")->required();
+  session.AddMemoryFlag(*verb);
   session.AddReportFlags(*verb);
   verb->footer("Example: winnow inspect MODEL");
   verb->callback([&session, folder] {

@@ -25,6 +25,10 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
     throw UsageError("--progressive and --keep R go together",
                      "progressive pruning chooses R survivors while it observes");
   }
+  if (flags.progressive && !flags.stats.empty() && flags.stats != "full") {
+    throw UsageError(fmt::format("--progressive needs --stats full, not {}", flags.stats),
+                     "it chooses by the outputs of all experts");
+  }
   RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   const Model model = Model::Open(flags.model);
   ObserveOptions& options = flags.options;
@@ -45,12 +49,18 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
       LoadCalibration(session, model, flags.model, flags.calibration);
   const ObservePlan plan = PrepareObserve(session, model, sources, options, flags.output);
   if (flags.progressive) CheckNaee(plan.info, {.keep = flags.keep});
-  if (session.flags.dry_run) return 0;
+  if (session.flags.dry_run) {
+    session.PrintDryRun("observe", DescribeObserve(plan));
+    return 0;
+  }
   const double start = session.seconds();
   const ObserveResult result =
       RunObserve(model, sources, options, plan, flags.output, session.pool(), session.control());
   const OrderedJson coverage = ReportCoverage(session, flags.output, plan.info);
   const double seconds = session.seconds() - start;
+  // Of this run: layers that were there already took no time.
+  const double share =
+      1.0 - static_cast<double>(result.resumed_layers) / static_cast<double>(plan.info.num_layers);
   if (session.flags.json) {
     session.PrintJson({{"schema", "winnow.observe/1"},
                        {"output", flags.output},
@@ -65,9 +75,10 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
                        {"resumed_layers", result.resumed_layers},
                        {"peak_rss_bytes", PeakResidentBytes()}});
   } else {
-    session.Note(fmt::format("wrote {}: {:.0f} tokens/s, {:.0f} GFLOP/s, waited {} for the disk",
-                             flags.output, static_cast<double>(plan.info.num_tokens()) / seconds,
-                             plan.tera_flop * 1000 / seconds, FormatSeconds(result.wait_seconds)));
+    session.Note(
+        fmt::format("wrote {}: {:.0f} tokens/s, {:.0f} GFLOP/s, waited {} for the disk",
+                    flags.output, share * static_cast<double>(plan.info.num_tokens()) / seconds,
+                    share * plan.tera_flop * 1000 / seconds, FormatSeconds(result.wait_seconds)));
     session.PrintUsage();
   }
   return 0;
@@ -88,11 +99,11 @@ void AddObserve(CLI::App& app, Session& session) {
       ->check(CLI::IsMember({"routing", "routed", "full"}));
   verb->add_option("-b,--batch", flags->options.batch,
                    "Sequences in a batch of the published loss (default 8)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb->add_flag("--progressive", flags->progressive,
                  "Two streams: choose while observing (with --keep)");
   verb->add_option("--keep", flags->keep, "Experts to keep in each layer (with --progressive)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb->add_option("--plan", flags->plan, "Behave as if this plan were applied");
   verb->add_option("--checkpoint-seconds", flags->options.checkpoint_seconds,
                    "Least time between saves of the stream (default 1)");

@@ -73,9 +73,9 @@ void AddPlan(CLI::App& app, Session& session) {
   verb->add_option("--search", flags->search,
                    "enumerate, eliminate (then exchanges), or auto: by the number of subsets")
       ->check(CLI::IsMember({"auto", "enumerate", "eliminate"}));
-  verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(CLI::PositiveNumber);
+  verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(WholeNumberFrom(1));
   verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
-      ->check(CLI::Range(0.001, 0.999));
+      ->check(NumberFromTo(0.001, 0.999));
   verb->add_option("--target", flags->target,
                    "Loader the result must satisfy: transformers, vllm, llama.cpp");
   verb->add_option("-o,--output", flags->output, "plan.json to write")->transform(OutputPath);

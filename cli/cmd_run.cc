@@ -47,12 +47,23 @@ int RunVerb(Session& session, RunFlags& flags) {
   flags.options.stop_at_eos = !flags.ignore_eos;
   flags.options.kept_experts = WhatIf(session, model, flags.plan);
   if (!flags.ids.empty()) return RunIds(session, flags, model);
+  if (!fs::exists(fs::path(flags.model) / "tokenizer.json")) {
+    throw UsageError(
+        fmt::format("{} has no tokenizer.json, so it takes no text", flags.model),
+        "give token ids with --ids, or put the model's tokenizer.json into the folder");
+  }
   const Tokenizer tokenizer = Tokenizer::Load(flags.model);
   flags.options.vocabulary_limit = tokenizer.vocab_size();
   const std::vector<int32_t> prompt = tokenizer.Encode(flags.prompt, true);
   const GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()), flags.options,
                                          session.pool().num_threads());
   session.RequireMemory(plan.memory, "run");
+  const int64_t context = model.config().max_position_embeddings;
+  if (context > 0 && static_cast<int64_t>(prompt.size()) + flags.options.max_new_tokens > context) {
+    session.Warn(
+        fmt::format("{} prompt tokens and up to {} new ones exceed the model's context of {}",
+                    prompt.size(), flags.options.max_new_tokens, context));
+  }
   if (!plan.resident)
     session.Note("the model does not fit the budget: layers are read again for every token");
   // The prompt is decoded too, so that the continuation joins it as the tokenizer would write it.
@@ -101,14 +112,14 @@ void AddRun(CLI::App& app, Session& session) {
   verb->add_option("--ids", flags->ids, "Token ids to continue, each row of input_ids");
   verb->add_option("-n,--max-new-tokens", flags->options.max_new_tokens,
                    "New tokens at most (default 128)")
-      ->check(CLI::PositiveNumber);
+      ->check(WholeNumberFrom(1));
   verb->add_option("--temp", flags->options.sampling.temperature, "Temperature (default 0: greedy)")
-      ->check(CLI::NonNegativeNumber);
+      ->check(NumberFromTo(0, 100));
   verb->add_option("--top-k", flags->options.sampling.top_k, "Sample among the k likeliest")
-      ->check(CLI::NonNegativeNumber);
+      ->check(WholeNumberFrom(0));
   verb->add_option("--top-p", flags->options.sampling.top_p,
                    "Sample among the likeliest that reach p")
-      ->check(CLI::Range(0.0f, 1.0f));
+      ->check(NumberFromTo(0, 1));
   verb->add_option("--seed", flags->options.sampling.seed, "Seed (default 42)");
   verb->add_flag("--ignore-eos", flags->ignore_eos, "Go on after the end-of-sequence token");
   verb->add_option("--plan", flags->plan, "Behave as if this plan were applied");

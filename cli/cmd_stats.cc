@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "base/units.h"
+#include "observe/layer_stats.h"
 #include "observe/stats_merge.h"
 #include "session.h"
 
@@ -21,7 +22,17 @@ int RunMerge(Session& session, const StatsFlags& flags) {
   std::vector<StatsInfo> infos;
   for (const fs::path& part : parts) infos.push_back(ReadStatsInfo(part));
   const StatsInfo merged = MergedInfo(infos);
-  if (!session.flags.dry_run) MergeStats(parts, flags.output, session.control());
+  MemoryPlan memory;
+  memory.Add("program", kProgramBytes);
+  memory.Add("copy buffer", kMergeBufferBytes);
+  memory.Add("lists of tensors", MergeListBytes(infos));
+  session.RequireMemory(memory, "stats merge");
+  if (session.flags.dry_run) {
+    session.PrintDryRun("stats merge",
+                        {{"tokens", merged.num_tokens()}, {"bytes_to_write", StatsBytes(merged)}});
+    return 0;
+  }
+  MergeStats(parts, flags.output, session.control());
   if (session.flags.json) {
     session.PrintJson({{"schema", "winnow.stats-merge/1"},
                        {"output", flags.output},
@@ -48,6 +59,7 @@ void AddStats(CLI::App& app, Session& session) {
       ->required()
       ->transform(OutputPath);
   session.AddOutputFlags(*merge, false);
+  session.AddMemoryFlag(*merge);
   session.AddReportFlags(*merge);
   merge->footer("Example: winnow stats merge PROSE CODE -o BOTH");
   merge->callback([&session, flags] {

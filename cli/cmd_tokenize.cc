@@ -27,6 +27,10 @@ int RunTokenize(Session& session, const TokenizeFlags& flags) {
   if (flags.jsonl.empty() == flags.text.empty()) {
     throw UsageError("give either -p TEXT or --jsonl FILE");
   }
+  MemoryPlan memory;
+  memory.Add("program", kProgramBytes);
+  memory.Add("tokenizer", Tokenizer::EstimateBytes(flags.path));
+  session.RequireMemory(memory, "tokenize");
   const Tokenizer tokenizer = Tokenizer::Load(flags.path);
   if (!flags.text.empty()) {
     const OrderedJson line = Tokenise(tokenizer, flags.text);
@@ -67,6 +71,7 @@ void AddTokenize(CLI::App& app, Session& session) {
   verb->add_option("-p,--prompt", flags->text, "Text to tokenise");
   verb->add_option("--jsonl", flags->jsonl,
                    "File with {\"text\": ...} a line (- for stdin); prints a line each");
+  session.AddMemoryFlag(*verb);
   session.AddReportFlags(*verb);
   verb->footer("Example: winnow tokenize MODEL -p \"Once upon a time\"");
   verb->callback([&session, flags] {

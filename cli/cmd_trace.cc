@@ -88,6 +88,11 @@ int RunTrace(Session& session, const TraceFlags& flags) {
     throw UsageError(fmt::format("{}: trace needs rows of equal length", flags.ids),
                      "give input_ids as [rows, tokens]");
   }
+  const int64_t context = model.config().max_position_embeddings;
+  if (context > 0 && row_tokens > context) {
+    session.Warn(
+        fmt::format("rows of {} tokens exceed the model's context of {}", row_tokens, context));
+  }
   RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   const int64_t h = model.config().hidden_size, num_layers = model.config().num_layers();
   const int64_t n = tokens.num_tokens();
@@ -100,7 +105,10 @@ int RunTrace(Session& session, const TraceFlags& flags) {
   plan.Add("work of a tile",
            LayerSweep::ScratchBytes(model, tokens, false, session.pool().num_threads()));
   session.RequireMemory(plan, "trace");
-  if (session.flags.dry_run) return 0;
+  if (session.flags.dry_run) {
+    session.PrintDryRun("trace", {{"tokens", n}});
+    return 0;
+  }
   Trace trace(tokens.num_sequences(), row_tokens);
   LayerReader reader(model, reading);
   LayerSweep sweep(model, tokens, session.pool(), session.control(), "trace", session.compute());

@@ -12,6 +12,7 @@ namespace winnow::cli {
 std::vector<EvalText> LoadEvalTexts(const Model& model, const std::string& model_folder,
                                     const std::vector<std::string>& paths, const std::string& field,
                                     const PerplexityProtocol& protocol, int64_t max_tokens) {
+  const EndOnInterrupt reading;
   const Tokenizer tokenizer = Tokenizer::Load(model_folder);
   ModelTokens ids{tokenizer.bos_id(), tokenizer.eos_id()};
   if (!ids.bos) ids.bos = model.config().bos_token_id;
@@ -69,6 +70,18 @@ std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
   return results;
 }
 
+std::string FormatStandardError(const std::optional<double>& value) {
+  return value ? fmt::format("{:.4f}", *value) : "-";
+}
+
+namespace {
+
+OrderedJson OptionalNumber(const std::optional<double>& value) {
+  return value ? OrderedJson(*value) : OrderedJson();
+}
+
+}  // namespace
+
 std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol) {
   const bool paired = !rows.empty() && rows.front().original.has_value();
   std::string text = fmt::format("perplexity, protocol {}\n", protocol);
@@ -76,14 +89,14 @@ std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& proto
                       "+- (nll)", "bits/byte", paired ? "   original   d nll +- s.e." : "");
   for (const EvalRow& row : rows) {
     text += fmt::format(
-        "  {:<16} {:>9} {:>10.4f} {:>10.4f} {:>9}", row.name,
+        "  {:<16} {:>9} {:>10.4f} {:>10} {:>9}", row.name,
         FormatCount(static_cast<uint64_t>(row.result.tokens)), row.result.perplexity,
-        row.result.standard_error,
+        FormatStandardError(row.result.standard_error),
         row.result.bits_per_byte ? fmt::format("{:.4f}", *row.result.bits_per_byte) : "-");
     if (row.original) {
       const PairedDifference d = Compare(*row.original, row.result);
-      text += fmt::format(" {:>10.4f} {:>+8.4f} +- {:.4f}", row.original->perplexity, d.nll,
-                          d.standard_error);
+      text += fmt::format(" {:>10.4f} {:>+8.4f} +- {}", row.original->perplexity, d.nll,
+                          FormatStandardError(d.standard_error));
     }
     text += "\n";
   }
@@ -95,18 +108,16 @@ OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protoc
   double total = 0;
   int64_t tokens = 0;
   for (const EvalRow& row : rows) {
-    OrderedJson item = {
-        {"name", row.name},
-        {"nll", row.result.nll},
-        {"perplexity", row.result.perplexity},
-        {"standard_error", row.result.standard_error},
-        {"tokens", row.result.tokens},
-        {"bits_per_byte",
-         row.result.bits_per_byte ? OrderedJson(*row.result.bits_per_byte) : OrderedJson()}};
+    OrderedJson item = {{"name", row.name},
+                        {"nll", row.result.nll},
+                        {"perplexity", row.result.perplexity},
+                        {"standard_error", OptionalNumber(row.result.standard_error)},
+                        {"tokens", row.result.tokens},
+                        {"bits_per_byte", OptionalNumber(row.result.bits_per_byte)}};
     if (row.original) {
       const PairedDifference d = Compare(*row.original, row.result);
       item["original"] = {{"nll", row.original->nll}, {"perplexity", row.original->perplexity}};
-      item["difference"] = {{"nll", d.nll}, {"standard_error", d.standard_error}};
+      item["difference"] = {{"nll", d.nll}, {"standard_error", OptionalNumber(d.standard_error)}};
     }
     total += row.result.nll * static_cast<double>(row.result.tokens);
     tokens += row.result.tokens;

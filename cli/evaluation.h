@@ -30,6 +30,8 @@ std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
                                        const std::vector<EvalText>& texts,
                                        const std::vector<std::vector<int32_t>>& kept_experts,
                                        const std::string& spill_folder);
+// "0.0042", or "-" where a single window leaves it unknown.
+std::string FormatStandardError(const std::optional<double>& value);
 std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol);
 OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protocol);
 

@@ -1,6 +1,7 @@
 // The winnow program: a table of verbs, error messages and exit codes.
 #include <fmt/format.h>
 #include <malloc.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
@@ -15,6 +16,11 @@ namespace winnow::cli {
 namespace {
 
 void OnInterrupt(int) {
+  if (g_end_on_interrupt) {
+    constexpr char kMessage[] = "\nerror: interrupted\n";
+    [[maybe_unused]] const auto written = write(STDERR_FILENO, kMessage, sizeof(kMessage) - 1);
+    std::_Exit(static_cast<int>(ExitCode::kInterrupted));
+  }
   if (g_interrupted.exchange(true)) std::_Exit(static_cast<int>(ExitCode::kInterrupted));
 }
 

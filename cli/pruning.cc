@@ -8,12 +8,20 @@
 
 #include "base/error.h"
 #include "base/units.h"
+#include "kernels/throughput.h"
 #include "methods/naee.h"
 #include "methods/score_method.h"
 #include "observe/layer_stats.h"
 #include "plan/loader_target.h"
 
 namespace winnow::cli {
+
+namespace {
+
+// What observing reaches of the rate of one large product: attention, gathering, sums beside it.
+constexpr double kUsualShareOfPeak = 0.8;
+
+}  // namespace
 
 ObservePlan PrepareObserve(Session& session, const Model& model,
                            const std::vector<SourceBlocks>& sources, ObserveOptions& options,
@@ -40,12 +48,24 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
     }
   }
   session.RequireMemory(plan->memory, "observe");
+  const double rate = MeasureMatMulGigaFlops(session.pool(), options.compute);
   session.Note(fmt::format(
-      "observe: {} tokens in {} text(s), level {}; {:.3g} TFLOP, {} of memory, {} of statistics",
+      "observe: {} tokens in {} text(s), level {}; {:.3g} TFLOP, about {} at this machine's {:.0f} "
+      "GFLOP/s, {} to read; {} of memory, {} of statistics",
       FormatCount(static_cast<uint64_t>(plan->info.num_tokens())), plan->info.sources.size(),
-      StatsLevelName(plan->info.level), plan->tera_flop, FormatBytes(plan->memory.total_bytes()),
+      StatsLevelName(plan->info.level), plan->tera_flop,
+      FormatSeconds(plan->tera_flop * 1000 / (rate * kUsualShareOfPeak)), rate,
+      FormatBytes(model.checkpoint().total_bytes()), FormatBytes(plan->memory.total_bytes()),
       FormatBytes(plan->stats_bytes)));
   return *plan;
+}
+
+OrderedJson DescribeObserve(const ObservePlan& plan) {
+  return {{"level", StatsLevelName(plan.info.level)},
+          {"tokens", plan.info.num_tokens()},
+          {"tera_flop", plan.tera_flop},
+          {"bytes_to_read", plan.info.model_bytes},
+          {"bytes_to_write", plan.stats_bytes}};
 }
 
 OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsInfo& info) {
@@ -161,6 +181,7 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
     plan.search = "score";
     plan.objective = score->formula;
   }
+  CheckTargetName(target);
   plan.model_type = info.model_type;
   plan.model_fingerprint = info.model_fingerprint;
   plan.target = target;
@@ -182,7 +203,11 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
           session.control()};
       plan.layers.push_back(ChooseByScore(score->score(input), input, options.keep));
     }
-    const auto gone = static_cast<uint64_t>(layer.num_experts - options.keep);
+    LayerPlan& chosen = plan.layers.back();
+    if (!layer.as_if_kept.empty()) {
+      ComposeWithSurvivors(layer.as_if_kept, layer.model_num_experts, chosen);
+    }
+    const auto gone = static_cast<uint64_t>(chosen.dropped.size());
     plan.bytes_after -= std::min(plan.bytes_after, gone * layer.expert_bytes);
     session.control().Report(
         {.stage = "plan",
@@ -219,8 +244,11 @@ void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& in
     std::vector<double> reference;
     if (full) reference = kLeaveOneOut.score(input);
     OrderedJson methods = OrderedJson::array();
-    const auto add = [&](const std::string& name, const LayerPlan& plan,
+    const auto add = [&](const std::string& name, LayerPlan plan,
                          std::optional<double> correlation) {
+      if (!layer.as_if_kept.empty()) {
+        ComposeWithSurvivors(layer.as_if_kept, layer.model_num_experts, plan);
+      }
       OrderedJson row = {{"method", name}, {"dropped", plan.dropped}, {"kept", plan.kept}};
       if (plan.loss) row["loss"] = *plan.loss;
       if (correlation) row["rank_correlation"] = *correlation;

@@ -16,6 +16,8 @@ namespace winnow::cli {
 ObservePlan PrepareObserve(Session& session, const Model& model,
                            const std::vector<SourceBlocks>& sources, ObserveOptions& options,
                            const std::string& output);
+// What --dry-run --json tells of it.
+OrderedJson DescribeObserve(const ObservePlan& plan);
 // Coverage of every MoE layer as JSON; warns with the names of experts no token reached.
 OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsInfo& info);
 

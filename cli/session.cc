@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 
@@ -17,6 +18,41 @@ namespace winnow::cli {
 // The one mutable global of the program: a signal handler has no other way to reach the
 // computation.
 std::atomic<bool> g_interrupted{false};
+std::atomic<bool> g_end_on_interrupt{false};
+
+EndOnInterrupt::EndOnInterrupt() {
+  g_end_on_interrupt = true;
+}
+
+EndOnInterrupt::~EndOnInterrupt() {
+  g_end_on_interrupt = false;
+}
+
+CLI::Validator WholeNumberFrom(int64_t least) {
+  return CLI::Validator(
+      [least](std::string& text) {
+        int64_t value = 0;
+        const char* end = text.data() + text.size();
+        const auto [stop, problem] = std::from_chars(text.data(), end, value);
+        if (problem == std::errc() && stop == end && value >= least) return std::string();
+        return fmt::format("\"{}\" is not a whole number of {} or more", text, least);
+      },
+      fmt::format(">= {}", least));
+}
+
+CLI::Validator NumberFromTo(double least, double most) {
+  return CLI::Validator(
+      [least, most](std::string& text) {
+        double value = 0;
+        const char* end = text.data() + text.size();
+        const auto [stop, problem] = std::from_chars(text.data(), end, value);
+        if (problem == std::errc() && stop == end && value >= least && value <= most) {
+          return std::string();
+        }
+        return fmt::format("\"{}\" is not a number from {:g} to {:g}", text, least, most);
+      },
+      fmt::format("{:g} to {:g}", least, most));
+}
 
 ProgressPrinter::ProgressPrinter(const CommonFlags& flags)
     : flags_(flags), terminal_(isatty(STDERR_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr) {}
@@ -96,7 +132,22 @@ void Session::RequireMemory(const MemoryPlan& plan, const std::string& verb) {
     Note(fmt::format("{} will hold, of {} allowed:\n{}", verb, FormatBytes(memory_budget()),
                      plan.Table()));
   }
+  OrderedJson items = OrderedJson::array();
+  for (const MemoryItem& item : plan.items()) {
+    items.push_back({{"what", item.what}, {"bytes", item.bytes}});
+  }
+  memory_plans_.push_back({{"step", verb}, {"bytes", plan.total_bytes()}, {"items", items}});
   plan.Require(memory_budget());
+}
+
+void Session::PrintDryRun(const std::string& verb, const OrderedJson& work) {
+  if (!flags.json) return;  // the notes said it all
+  OrderedJson json = {{"schema", "winnow.dry-run/1"},
+                      {"verb", verb},
+                      {"memory_budget_bytes", memory_budget()},
+                      {"memory", memory_plans_}};
+  json.update(work);
+  PrintJson(json);
 }
 
 void Session::Note(const std::string& text) {
@@ -137,13 +188,18 @@ double Session::seconds() const {
 
 void Session::AddComputeFlags(CLI::App& verb) {
   verb.add_option("-t,--threads", flags.threads, "Threads (default: all CPUs this process may use)")
+      ->check(WholeNumberFrom(0))
       ->check(CLI::Range(0, 1024));
-  verb.add_option("--max-memory", flags.max_memory,
-                  "Memory budget, e.g. 4G (default: 80 % of what is free)");
+  AddMemoryFlag(verb);
   verb.add_option("--compute", flags.compute, "f32, or auto: bf16 activations where that is faster")
       ->check(CLI::IsMember({"f32", "auto"}));
   verb.add_option("--isa", flags.isa,
                   "Pin the kernels to one instruction set (see `winnow doctor`)");
+}
+
+void Session::AddMemoryFlag(CLI::App& verb) {
+  verb.add_option("--max-memory", flags.max_memory,
+                  "Memory budget, e.g. 4G (default: 80 % of what is free)");
 }
 
 void Session::AddOutputFlags(CLI::App& verb, bool resumable) {
@@ -192,6 +248,10 @@ void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFl
     if (fs::is_directory(path) != wants_folder) {
       throw UsageError(fmt::format("{} exists and is a {}", path, wants_folder ? "file" : "folder"),
                        "choose another name with -o");
+    }
+    if (flags.resume && !flags.force && !fs::exists(path + ".partial")) {
+      throw UsageError(fmt::format("{} is complete: there is nothing to resume", path),
+                       "use it, or make it anew with --force");
     }
     if (!flags.force) {
       throw UsageError(fmt::format("{} exists already", path),

@@ -63,6 +63,9 @@ class Session {
   uint64_t memory_budget() const;
   // Prints the plan with -v or --dry-run and refuses (exit 4) what does not fit.
   void RequireMemory(const MemoryPlan& plan, const std::string& verb);
+  // The answer of --dry-run --json: the memory plans so far, and what else the verb knows of its
+  // work.
+  void PrintDryRun(const std::string& verb, const OrderedJson& work = OrderedJson::object());
 
   // Messages to stderr (not with -q), data to stdout.
   void Note(const std::string& text);
@@ -76,18 +79,34 @@ class Session {
 
   // Groups of flags a verb may take.
   void AddComputeFlags(CLI::App& verb);
+  void AddMemoryFlag(CLI::App& verb);  // --max-memory alone, for verbs that multiply nothing
   void AddOutputFlags(CLI::App& verb, bool resumable);
   void AddReportFlags(CLI::App& verb);  // --json, -q, -v
 
  private:
   std::chrono::steady_clock::time_point start_;
   std::unique_ptr<ThreadPool> pool_;
+  OrderedJson memory_plans_ = OrderedJson::array();
   ProgressPrinter progress_;
   JobControl control_;
 };
 
 // Ctrl-C sets this; polled by long computations.
 extern std::atomic<bool> g_interrupted;
+// While one lives, Ctrl-C ends the program at once: for work that polls nothing and leaves nothing
+// behind, such as reading text.
+class EndOnInterrupt {
+ public:
+  EndOnInterrupt();
+  ~EndOnInterrupt();
+  EndOnInterrupt(const EndOnInterrupt&) = delete;
+  EndOnInterrupt& operator=(const EndOnInterrupt&) = delete;
+};
+extern std::atomic<bool> g_end_on_interrupt;
+
+// Checks of numbers whose messages name the bound instead of the limits of a type.
+CLI::Validator WholeNumberFrom(int64_t least);
+CLI::Validator NumberFromTo(double least, double most);
 
 enum class OutputKind { kFile, kFolder };
 // Refuses, before any work: an existing output unless --force (then it is replaced at the end, not

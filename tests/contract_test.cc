@@ -120,6 +120,57 @@ TEST(Contract, ConfigsThatContradictTheWeightsAreRefused) {
   }
 }
 
+TEST(Contract, DryRunsTellWhatTheyWouldTakeAndWriteNothing) {
+  const TemporaryFolder folder;
+  const Arguments calibration = {"--calib", CalibrationText("math"), "--blocks", "4", "--block",
+                                 "64"};
+  const std::string stats = folder / "stats", plan = folder / "plan.json";
+  Arguments observe = {"observe", SampleModel(), "-o", stats, "-q"};
+  observe.insert(observe.end(), calibration.begin(), calibration.end());
+  ASSERT_EQ(RunWinnow(observe).exit_code, 0);
+  ASSERT_EQ(RunWinnow({"plan", stats, "--keep", "6", "-o", plan, "-q"}).exit_code, 0);
+  const std::vector<std::string> before = ListFolder(folder.path());
+  const std::vector<Arguments> commands = {
+      {"observe", SampleModel(), "-o", folder / "other"},
+      {"compress", SampleModel(), "--keep", "6", "-o", folder / "small"},
+      {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
+      {"eval", "ppl", SampleModel(), "--text", EvaluationText("math"), "--tokens", "512"}};
+  for (size_t i = 0; i < commands.size(); ++i) {
+    Arguments command = commands[i];
+    if (i < 2) command.insert(command.end(), calibration.begin(), calibration.end());
+    command.insert(command.end(), {"--dry-run", "--json", "-q"});
+    const ProgramResult result = RunWinnow(command);
+    ASSERT_EQ(result.exit_code, 0) << command[0] << ": " << result.err;
+    const Json json = ParseJson(result.out, command[0]);
+    EXPECT_EQ(json.value("schema", ""), "winnow.dry-run/1") << command[0];
+    ASSERT_FALSE(json["memory"].empty()) << command[0];
+    EXPECT_GT(json["memory"][0]["bytes"].get<int64_t>(), 1'000'000) << command[0];
+  }
+  EXPECT_EQ(ListFolder(folder.path()), before);
+}
+
+TEST(Contract, WrongNumbersAreNamedWithTheirBound) {
+  const ProgramResult word = RunWinnow({"plan", "stats", "--keep", "six"});
+  ExpectRefusal(word, kUsage);
+  EXPECT_NE(word.err.find("\"six\" is not a whole number of 1 or more"), std::string::npos)
+      << word.err;
+  const ProgramResult share = RunWinnow({"plan", "stats", "--ratio", "1.5"});
+  ExpectRefusal(share, kUsage);
+  EXPECT_NE(share.err.find("from 0.001 to 0.999"), std::string::npos) << share.err;
+}
+
+TEST(Contract, EveryVerbKeepsABudget) {
+  for (const Arguments& command :
+       {Arguments{"inspect", SampleModel()}, Arguments{"tokenize", SampleModel(), "-p", "x"}}) {
+    Arguments small = command;
+    small.insert(small.end(), {"--max-memory", "1M"});
+    ExpectRefusal(RunWinnow(small), kResource);
+    Arguments enough = command;
+    enough.insert(enough.end(), {"--max-memory", "200M"});
+    EXPECT_EQ(RunWinnow(enough).exit_code, 0) << command[0];
+  }
+}
+
 TEST(Contract, ExistingOutputsAreKeptWithoutForce) {
   const TemporaryFolder folder;
   const std::string stats = folder / "stats";

@@ -109,6 +109,29 @@ TEST(Pipeline, APlanOnTheOriginalBehavesLikeTheWrittenModel) {
               row["nll"].get<double>() - row["original"]["nll"].get<double>(), 1e-9);
 }
 
+TEST(Pipeline, PlansMadeAsIfAnotherWereAppliedNameTheExpertsOfTheOriginal) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  Prune(folder, folder / "stats", "6", folder / "six");
+  // In two steps on disk: the pruned model is observed and pruned again.
+  MustRun(Arguments{"observe", folder / "six", "-o", folder / "six-stats"} + kCalibration);
+  MustRun({"plan", folder / "six-stats", "--keep", "4", "-o", folder / "four.json"});
+  MustRun({"apply", folder / "six", "--plan", folder / "four.json", "-o", folder / "four"});
+  // The same without writing the model in between.
+  MustRun(
+      Arguments{"observe", SampleModel(), "--plan", folder / "six.json", "-o", folder / "as-if"} +
+      kCalibration);
+  const Json plan = RunJson({"plan", folder / "as-if", "--keep", "4", "-o", folder / "both.json"});
+  EXPECT_EQ(plan["layers"][0]["num_experts"], 8);
+  EXPECT_EQ(plan["layers"][0]["dropped"].size(), 4U);
+  MustRun({"apply", SampleModel(), "--plan", folder / "both.json", "-o", folder / "both"});
+  EXPECT_TRUE(ReadFolder(folder / "both")["model.safetensors"] ==
+              ReadFolder(folder / "four")["model.safetensors"]);
+  EXPECT_EQ(RunWinnow({"stats", "merge", folder / "stats", folder / "as-if", "-o", folder / "sum"})
+                .exit_code,
+            2);
+}
+
 TEST(Pipeline, CompressWritesWhatTheStepsWrite) {
   const TemporaryFolder folder;
   MustRun(Arguments{"observe", SampleModel(), "--stats", "full", "-o", folder / "stats"} +

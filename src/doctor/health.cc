@@ -16,6 +16,7 @@
 #include "model/model.h"
 #include "observe/layer_stats.h"
 #include "plan/compression_plan.h"
+#include "plan/loader_target.h"
 #include "tokenizer/tokenizer.h"
 
 namespace winnow {
@@ -155,13 +156,19 @@ void CheckModelFolder(const fs::path& path, bool scan_weights, ThreadPool& pool,
   }
 }
 
+// Plans say so in `schema`; config.json and its like have none.
+bool LooksLikePlan(const fs::path& path) {
+  const Json json = ParseJson(ReadTextFile(path), path.string());
+  return !json.is_object() || json.contains("schema") || json.contains("layers");
+}
+
 }  // namespace
 
 HealthReport CheckPath(const fs::path& path, bool scan_weights, ThreadPool& pool,
                        const JobControl& control) {
   HealthReport report;
   if (!fs::exists(path)) {
-    throw UsageError(fmt::format("{} does not exist", path.string()), "check the path");
+    throw ModelError(fmt::format("{} does not exist", path.string()), "check the path");
   }
   if (fs::is_directory(path)) {
     if (fs::exists(path / "stats.json")) {
@@ -191,7 +198,13 @@ HealthReport CheckPath(const fs::path& path, bool scan_weights, ThreadPool& pool
     CheckTokenizer(path, nullptr, report);
   } else if (name.ends_with(".json")) {
     report.subject = "plan";
+    if (!LooksLikePlan(path)) {
+      throw ModelError(
+          fmt::format("{}: not a plan, and doctor knows no other .json by itself", path.string()),
+          "give the folder it belongs to");
+    }
     const CompressionPlan plan = ReadPlan(path);
+    if (!plan.target.empty()) CheckTarget(plan, plan.target);
     report.facts.push_back(fmt::format("{} layers, method {}", plan.layers.size(), plan.method));
   } else {
     throw UsageError(

@@ -139,7 +139,7 @@ TEST_F(Health, KnowsPlansAndStatistics) {
 }
 
 TEST_F(Health, RefusesWhatItDoesNotKnow) {
-  EXPECT_THROW(Check(folder_.path() / "nothing"), UsageError);
+  EXPECT_THROW(Check(folder_.path() / "nothing"), ModelError);
   EXPECT_THROW(Check(folder_.Write("picture.png", "x")), UsageError);
   EXPECT_THROW(Check(folder_.Write("other.json", "{}")), ModelError);
   EXPECT_THROW(Check(folder_.path()), ModelError);  // a folder without a model

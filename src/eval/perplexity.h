@@ -58,7 +58,7 @@ ScoredWindows WindowsOfIds(const TokenSequences& rows);
 struct PerplexityResult {
   double nll = 0;  // mean over scored tokens, natural log
   double perplexity = 0;
-  double standard_error = 0;  // of nll, over windows
+  std::optional<double> standard_error;  // of nll, over windows; nothing for a single window
   int64_t tokens = 0;
   std::optional<double> bits_per_byte;
   std::vector<double> window_nll;  // sum per window
@@ -91,7 +91,7 @@ PerplexityResult Summarize(std::span<const double> window_nll,
 // error.
 struct PairedDifference {
   double nll = 0;
-  double standard_error = 0;
+  std::optional<double> standard_error;  // nothing for a single window
 };
 PairedDifference Compare(const PerplexityResult& a, const PerplexityResult& b);
 

@@ -98,7 +98,7 @@ TEST(Perplexity, SameBitsHoweverItRuns) {
   // All windows are the same text.
   EXPECT_EQ(one.window_nll.front(), one.window_nll.back());
   // Nothing but the rounding of the mean.
-  EXPECT_LT(one.standard_error, 1e-14);
+  EXPECT_LT(one.standard_error.value(), 1e-14);
 }
 
 // A vocabulary of several chunks: log-sum-exps are combined across them.
@@ -182,9 +182,9 @@ TEST(Summaries, AreTheFormulas) {
   EXPECT_DOUBLE_EQ(result.perplexity, std::exp(3.0));
   EXPECT_DOUBLE_EQ(*result.bits_per_byte, 120 / std::log(2.0) / 50);
   // Deviations -1, 1, 0: sqrt(2 / 2 / 3).
-  EXPECT_DOUBLE_EQ(result.standard_error, std::sqrt(1.0 / 3));
+  EXPECT_DOUBLE_EQ(result.standard_error.value(), std::sqrt(1.0 / 3));
   const PerplexityResult single = Summarize(std::vector<double>{5}, std::vector<int64_t>{10}, 0);
-  EXPECT_EQ(single.standard_error, 0.0);
+  EXPECT_EQ(single.standard_error, std::nullopt);
   EXPECT_FALSE(single.bits_per_byte.has_value());
 }
 
@@ -195,8 +195,8 @@ TEST(Summaries, PairedDifferences) {
   const PairedDifference difference = Compare(a, b);
   EXPECT_NEAR(difference.nll, 0.2, 1e-15);
   // Differences 0.1, 0.3, 0.2; deviations -0.1, 0.1, 0: sqrt(0.02 / 2 / 3). Far below either own.
-  EXPECT_NEAR(difference.standard_error, std::sqrt(0.01 / 3), 1e-15);
-  EXPECT_LT(difference.standard_error, a.standard_error / 5);
+  EXPECT_NEAR(difference.standard_error.value(), std::sqrt(0.01 / 3), 1e-15);
+  EXPECT_LT(difference.standard_error.value(), a.standard_error.value() / 5);
   EXPECT_NEAR(Compare(b, a).nll, -0.2, 1e-15);
   EXPECT_EQ(Compare(a, a).standard_error, 0.0);
 }

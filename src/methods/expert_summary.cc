@@ -1,8 +1,8 @@
 #include "methods/expert_summary.h"
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
+#include <span>
+
+#include "methods/router_ranking.h"
 
 namespace winnow {
 
@@ -27,19 +27,12 @@ ExpertSummary SummarizeExperts(const LayerStatsReader& records, const StatsInfo&
       sums.norm_squared.resize(experts);
     }
     for (size_t t = 0; t < static_cast<size_t>(num_tokens); ++t) {
-      const float* logits = batch.router_logits.data() + t * experts;
-      std::iota(order.begin(), order.end(), 0);
-      std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(),
-                        [&](int32_t a, int32_t b) {
-                          return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-                        });
-      double all = 0, used = 0;
-      for (size_t e = 0; e < experts; ++e) {
-        mass[e] = std::exp(static_cast<double>(logits[e]) - static_cast<double>(logits[order[0]]));
-        all += mass[e];
-      }
-      for (size_t i = 0; i < k; ++i) used += mass[static_cast<size_t>(order[i])] / all;
-      const double scale = (info.norm_topk_prob ? 1 / (used + info.normalize_epsilon) : 1.0) / all;
+      const std::span logits = std::span(batch.router_logits).subspan(t * experts, experts);
+      RankExperts(logits, info.num_experts_per_tok, std::span(order));
+      SoftmaxOfLogits(logits, order[0], mass);
+      double used = 0;
+      for (size_t i = 0; i < k; ++i) used += mass[static_cast<size_t>(order[i])];
+      const double scale = info.norm_topk_prob ? 1 / (used + info.normalize_epsilon) : 1.0;
       for (size_t i = 0; i < k; ++i) {
         const auto e = static_cast<size_t>(order[i]);
         const double w = mass[e] * scale;

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/units.h"
 #include "methods/naee_search.h"
+#include "methods/router_ranking.h"
 
 namespace winnow {
 namespace {
@@ -110,29 +111,20 @@ class Batch {
     std::vector<int32_t> order(static_cast<size_t>(experts_));
     std::array<int32_t, kMaxSelected> selected;
     for (size_t t = first; t < end; ++t) {
-      const float* logits = records.router_logits.data() + t * static_cast<size_t>(experts_);
-      std::iota(order.begin(), order.end(), 0);
-      std::partial_sort(order.begin(), order.begin() + ranked_, order.end(),
-                        [&](int32_t a, int32_t b) {
-                          return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-                        });
+      const auto experts = static_cast<size_t>(experts_);
+      const std::span logits = std::span(records.router_logits).subspan(t * experts, experts);
+      RankExperts(logits, ranked_, std::span(order));
       std::copy_n(order.begin(), ranked_,
                   order_.begin() + static_cast<std::ptrdiff_t>(t * static_cast<size_t>(ranked_)));
-      const double highest = static_cast<double>(logits[order[0]]);
-      double total = 0;
-      double* mass = mass_.data() + t * static_cast<size_t>(experts_);
-      for (int64_t e = 0; e < experts_; ++e) {
-        mass[e] = std::exp(static_cast<double>(logits[e]) - highest);
-        total += mass[e];
-      }
-      for (int64_t e = 0; e < experts_; ++e) mass[e] /= total;
+      const std::span mass = std::span(mass_).subspan(t * experts, experts);
+      SoftmaxOfLogits(logits, order[0], mass);
       // |z|^2, the whole error of a token whose weights are all scaled by the same factor.
       if (!has_target_ && !normalize_) {
         double norm = 0;
         for (int64_t i = 0; i < k_; ++i) {
           for (int64_t j = 0; j < k_; ++j) {
             const int32_t a = Ranked(t, i), b = Ranked(t, j);
-            norm += mass[a] * mass[b] * Gram(t, a, b);
+            norm += mass[static_cast<size_t>(a)] * mass[static_cast<size_t>(b)] * Gram(t, a, b);
           }
         }
         intact_norm_[t] = norm;

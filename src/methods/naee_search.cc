@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
+#include <span>
 #include <utility>
+
+#include "methods/router_ranking.h"
 
 namespace winnow {
 namespace {
@@ -218,20 +220,14 @@ class Searcher {
   }
 
   void PrepareToken(const TokenRecords& batch, int64_t t, int64_t token) {
-    const float* logits = batch.router_logits.data() + t * experts_;
-    uint16_t* order = &order_[At(token, 0)];
-    double* mass = &mass_[At(token, 0)];
+    const auto experts = static_cast<size_t>(experts_);
+    const std::span logits =
+        std::span(batch.router_logits).subspan(static_cast<size_t>(t) * experts, experts);
+    const std::span order = std::span(order_).subspan(At(token, 0), experts);
+    const std::span mass = std::span(mass_).subspan(At(token, 0), experts);
     double* linear = &linear_[At(token, 0)];
-    std::iota(order, order + experts_, uint16_t{0});
-    std::sort(order, order + experts_, [&](uint16_t a, uint16_t b) {
-      return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-    });
-    double total = 0;
-    for (int64_t e = 0; e < experts_; ++e) {
-      mass[e] = std::exp(static_cast<double>(logits[e]) - static_cast<double>(logits[order[0]]));
-      total += mass[e];
-    }
-    for (int64_t e = 0; e < experts_; ++e) mass[e] /= total;
+    RankExperts(logits, experts_, order);
+    SoftmaxOfLogits(logits, order[0], mass);
     const TokenView view = View(batch, t, token);
     const auto at = static_cast<size_t>(token);
     if (reader_.has_target()) {
@@ -240,7 +236,7 @@ class Searcher {
         linear[e] = static_cast<double>(batch.target_dot[static_cast<size_t>(t * experts_ + e)]);
       }
     } else {  // z is what the intact router gives
-      const std::span<const uint16_t> used(order, static_cast<size_t>(k_));
+      const std::span<const uint16_t> used = order.first(static_cast<size_t>(k_));
       double used_mass = 0;
       for (const uint16_t e : used) used_mass += mass[e];
       const double scale = normalize_ ? 1 / (used_mass + epsilon_) : 1.0;

@@ -288,6 +288,8 @@ StatsInfo MakeInfo(const Model& model, const std::vector<SourceBlocks>& sources,
     const auto layer = static_cast<size_t>(info.layers[i].layer);
     if (layer < options.kept_experts.size() && !options.kept_experts[layer].empty()) {
       info.layers[i].num_experts = static_cast<int64_t>(options.kept_experts[layer].size());
+      info.layers[i].as_if_kept = options.kept_experts[layer];
+      info.layers[i].model_num_experts = model.config().layers[layer].num_experts;
     }
   }
   info.level = level;

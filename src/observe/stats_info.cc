@@ -106,6 +106,10 @@ OrderedJson StatsInfoToJson(const StatsInfo& info) {
     layers.push_back({{"layer", layer.layer},
                       {"num_experts", layer.num_experts},
                       {"expert_bytes", layer.expert_bytes}});
+    if (!layer.as_if_kept.empty()) {
+      layers.back()["as_if_kept"] = layer.as_if_kept;
+      layers.back()["model_num_experts"] = layer.model_num_experts;
+    }
   }
   OrderedJson json = {{"schema", kSchema},
                       {"model",
@@ -192,6 +196,20 @@ StatsInfo StatsInfoFromJson(const Json& json, const std::string& where) {
     layer.layer = static_cast<int32_t>(fields.Integer("layer", 0, info.num_layers - 1));
     layer.num_experts = fields.Integer("num_experts", info.num_experts_per_tok, 65536);
     layer.expert_bytes = static_cast<uint64_t>(fields.Integer("expert_bytes", 0, INT64_MAX));
+    if (item.contains("as_if_kept")) {
+      layer.model_num_experts = fields.Integer("model_num_experts", layer.num_experts, 65536);
+      for (const Json& expert : fields.List("as_if_kept")) {
+        const int32_t last = layer.as_if_kept.empty() ? -1 : layer.as_if_kept.back();
+        if (!expert.is_number_integer() || expert.get<int64_t>() <= last ||
+            expert.get<int64_t>() >= layer.model_num_experts) {
+          fields.Fail("as_if_kept", "ascending expert numbers of the model");
+        }
+        layer.as_if_kept.push_back(expert.get<int32_t>());
+      }
+      if (static_cast<int64_t>(layer.as_if_kept.size()) != layer.num_experts) {
+        fields.Fail("as_if_kept", fmt::format("{} expert numbers", layer.num_experts));
+      }
+    }
     if (!info.layers.empty() && info.layers.back().layer >= layer.layer) {
       fields.Fail("layer", "layers in ascending order");
     }

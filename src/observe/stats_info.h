@@ -33,6 +33,10 @@ struct StatsLayer {
   int32_t layer = 0;  // decoder index
   int64_t num_experts = 0;
   uint64_t expert_bytes = 0;  // of one expert, as stored
+  // Observed as if a plan were applied: the original numbers of its survivors, ascending, which the
+  // records count from 0. Empty: the model as it is.
+  std::vector<int32_t> as_if_kept = {};
+  int64_t model_num_experts = 0;  // with as_if_kept: of the model itself
 };
 
 struct StatsInfo {

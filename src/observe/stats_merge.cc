@@ -20,8 +20,7 @@ std::string Essence(StatsInfo info) {
 void CopyTensor(const SafetensorsFile& from, const std::string& name, const std::string& new_name,
                 uint64_t row_offset, LayerStatsWriter& writer) {
   const TensorInfo& tensor = from.Get(name);
-  std::vector<std::byte> buffer(
-      static_cast<size_t>(std::min<uint64_t>(tensor.bytes, uint64_t{8} << 20)));
+  std::vector<std::byte> buffer(static_cast<size_t>(std::min(tensor.bytes, kMergeBufferBytes)));
   for (uint64_t done = 0; done < tensor.bytes;) {
     const std::span<std::byte> part = std::span(buffer).first(
         static_cast<size_t>(std::min<uint64_t>(buffer.size(), tensor.bytes - done)));
@@ -32,6 +31,18 @@ void CopyTensor(const SafetensorsFile& from, const std::string& name, const std:
 }
 
 }  // namespace
+
+uint64_t MergeListBytes(const std::vector<StatsInfo>& parts) {
+  constexpr uint64_t kTensorsOfSource = 8, kTensorEntryBytes = 512;
+  uint64_t bytes = 0;
+  for (const StatsInfo& part : parts) {
+    bytes += (part.sources.size() + 1) * kTensorsOfSource * kTensorEntryBytes;
+    for (const StatsSource& source : part.sources) {
+      bytes += source.lengths.size() * sizeof(source.lengths.front()) * 2;
+    }
+  }
+  return bytes;
+}
 
 StatsInfo MergedInfo(const std::vector<StatsInfo>& parts) {
   StatsInfo merged = parts.front();

@@ -93,6 +93,13 @@ bool StrictlyAscending(const std::vector<int32_t>& list) {
 
 }  // namespace
 
+void ComposeWithSurvivors(const std::vector<int32_t>& survivors, int64_t num_experts,
+                          LayerPlan& layer) {
+  for (int32_t& expert : layer.kept) expert = survivors.at(static_cast<size_t>(expert));
+  layer.num_experts = num_experts;
+  layer.dropped = OtherExperts(layer.kept, num_experts);
+}
+
 std::vector<int32_t> OtherExperts(const std::vector<int32_t>& some, int64_t num_experts) {
   std::vector<int32_t> others;
   for (int32_t e = 0; e < num_experts; ++e) {

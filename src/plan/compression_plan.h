@@ -27,6 +27,11 @@ struct LayerPlan {
 // other way round.
 std::vector<int32_t> OtherExperts(const std::vector<int32_t>& some, int64_t num_experts);
 
+// A choice made among the survivors of an earlier one (`survivors`: their original numbers, of
+// `num_experts` in all) as a choice among all experts.
+void ComposeWithSurvivors(const std::vector<int32_t>& survivors, int64_t num_experts,
+                          LayerPlan& layer);
+
 struct CompressionPlan {
   std::string method;
   std::string search;  // how the set was found, e.g. "enumeration"

@@ -3,14 +3,14 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "plan/compression_plan.h"  // CompressionPlan
 
 namespace winnow {
 
-// "transformers" (default), "vllm", "llama.cpp".
-std::vector<std::string> LoaderTargets();
+// Known targets: "transformers" (default), "vllm", "llama.cpp"; all of them load every family here.
+// UsageError if no such target is known.
+void CheckTargetName(const std::string& name);
 // UsageError if `target` is unknown or could not load what the plan describes.
 void CheckTarget(const CompressionPlan& plan, const std::string& target);
 

@@ -99,7 +99,15 @@ TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunctio
         fmt::format("{}: {} documents give {} blocks of {} tokens, {} are wanted",
                     source.path.string(), FormatCount(static_cast<uint64_t>(order.size())),
                     result.size(), options.block_tokens, options.num_blocks),
-        "ask for fewer or shorter blocks, or give more text");
+        result.size() > 0
+            ? fmt::format("give --blocks {} or less for this text, shorter blocks (--block), or "
+                          "more text{}",
+                          result.size(),
+                          order.size() < bytes.size()
+                              ? fmt::format("; of short documents only {} a block are tried",
+                                            kDocumentsPerBlock)
+                              : "")
+            : "shorten the blocks (--block), or give more text");
   }
   return result;
 }

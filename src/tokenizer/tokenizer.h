@@ -26,6 +26,8 @@ class Tokenizer {
   // `path` is a folder with tokenizer.json or the file itself; a tokenizer_config.json beside it
   // decides on BOS and EOS for Llama-class tokenizers (add_bos_token, add_eos_token).
   static Tokenizer Load(const fs::path& path);
+  // Upper bound of what loading `path` holds, from the file's size; 0 if there is no such file.
+  static uint64_t EstimateBytes(const fs::path& path);
   // From the files' contents; `tokenizer_config_json` may be empty. Messages start with `where`.
   static Tokenizer FromJson(std::string_view tokenizer_json, std::string_view tokenizer_config_json,
                             const std::string& where);
