@@ -1,6 +1,6 @@
 // plan.json: what to do with each layer of a model. Pure data: written by methods/, read by apply/,
 // by people and by other programs; nested JSON with a schema number (docs/FORMATS.md). A
-// hand-written plan is a valid plan: only `schema`, `model.model_type` and `layers[].kept` are
+// hand-written plan is a valid plan: only `schema`, `layers[].layer` and `layers[].kept` are
 // required to apply it.
 #pragma once
 
