@@ -9,16 +9,20 @@
 
 namespace winnow::cli {
 
-void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags) {
+void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags, bool required) {
   verb.add_option(
           "--calib", flags.sources,
           "Calibration text: .txt, .jsonl (also .xz .zst .gz) or token ids in .safetensors;\n"
           "FILE:SHARE weighs several")
-      ->required();
+      ->required(required);
   verb.add_option("--blocks", flags.blocks.num_blocks, "Blocks over all texts (default 128)")
       ->check(WholeNumberFrom(1));
   verb.add_option("--block", flags.blocks.block_tokens, "Tokens a block (default 512)")
       ->check(WholeNumberFrom(1));
+  verb.add_option("--per-document", flags.blocks.blocks_per_document,
+                  "Blocks of one document at most, excerpts of long ones; 0: no limit,\nas NAEE "
+                  "(default: 1 for compress and healing, 0 for observe)")
+      ->check(WholeNumberFrom(0));
   verb.add_option("--seed", flags.blocks.seed, "Seed of the document shuffle (default 42)");
   verb.add_option("--field", flags.blocks.field, "Key of the text in .jsonl (default text)");
 }

@@ -17,7 +17,7 @@ struct CalibrationFlags {
   BlockOptions blocks;
 };
 
-void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags);
+void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags, bool required = true);
 // Reads, tokenises and cuts; warns about ids beyond the vocabulary and blocks beyond the context.
 std::vector<SourceBlocks> LoadCalibration(const Session& session, const Model& model,
                                           const std::string& model_folder,

@@ -1,9 +1,13 @@
 // winnow apply: writes the checkpoint a plan describes.
 #include <fmt/format.h>
 
+#include <optional>
+
 #include "apply/checkpoint_rewriter.h"
 #include "base/error.h"
 #include "base/units.h"
+#include "calibration.h"
+#include "healing.h"
 #include "plan/compression_plan.h"
 #include "plan/loader_target.h"
 #include "session.h"
@@ -13,9 +17,31 @@ namespace {
 
 struct ApplyFlags {
   std::string model, plan, output, dtype;
+  bool heal = false;
+  CalibrationFlags calibration;
 };
 
+// Healed weights until they are written: OUT.heal, which another program's folder must not be.
+fs::path HealFolder(const Session& session, const ApplyFlags& flags) {
+  const fs::path folder = flags.output + ".heal";
+  if (!fs::exists(folder) || session.flags.resume) return folder;
+  if (!session.flags.force) {
+    throw UsageError(fmt::format("{} is left from an interrupted run", folder.string()),
+                     "go on with --resume, or start again with --force");
+  }
+  if (!fs::is_empty(folder) && !fs::exists(folder / "heal.json")) {
+    throw UsageError(
+        fmt::format("{} was not written by winnow, so --force leaves it alone", folder.string()),
+        "choose another name with -o, or remove it yourself");
+  }
+  return folder;
+}
+
 int RunApply(Session& session, const ApplyFlags& flags) {
+  if (flags.heal == flags.calibration.sources.empty()) {
+    throw UsageError("--heal and --calib TEXT go together",
+                     "healing fits the survivors on text, best that of the plan");
+  }
   RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   const CompressionPlan plan = ReadPlan(flags.plan);
   if (!plan.target.empty()) CheckTarget(plan, plan.target);
@@ -25,7 +51,7 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   if (flags.dtype == "f32") options.dtype = Dtype::kF32;
   if (flags.dtype == "bf16") options.dtype = Dtype::kBF16;
   if (flags.dtype == "f16") options.dtype = Dtype::kF16;
-  const RewritePlan rewrite = PlanRewrite(model, plan, options);
+  RewritePlan rewrite = PlanRewrite(model, plan, options);
   MemoryPlan memory;
   memory.Add("program", kProgramBytes);
   memory.Add("names and places of tensors", model.checkpoint().tensors().size() * 1024);
@@ -34,23 +60,40 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   session.Note(fmt::format("apply: {} -> {} experts, {} -> {}", rewrite.experts_before,
                            rewrite.experts_after, FormatBytes(rewrite.bytes_before),
                            FormatBytes(rewrite.bytes_after)));
+  std::optional<HealPlan> heal;
+  fs::path heal_folder;
+  if (flags.heal) {
+    heal_folder = HealFolder(session, flags);
+    heal = PrepareHeal(session, model, plan,
+                       LoadCalibration(session, model, flags.model, flags.calibration));
+  }
   if (session.flags.dry_run) {
     session.PrintDryRun("apply", {{"bytes_to_read", rewrite.bytes_after},
                                   {"bytes_to_write", rewrite.bytes_after},
                                   {"bytes_before", rewrite.bytes_before}});
     return 0;
   }
+  Healing healing;
+  if (heal) {
+    healing = Heal(session, model, plan, *heal, heal_folder);
+    options.replacements = &healing.weights;
+    options.changes = healing.card;
+    rewrite = PlanRewrite(model, plan, options);
+  }
   const ApplyResult result =
       ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
+  if (heal) fs::remove_all(heal_folder);
   if (session.flags.json) {
-    session.PrintJson({{"schema", "winnow.apply/1"},
-                       {"output", flags.output},
-                       {"bytes_before", rewrite.bytes_before},
-                       {"bytes_after", rewrite.bytes_after},
-                       {"bytes_written", result.bytes_written},
-                       {"seconds", result.seconds},
-                       {"audited_tensors", result.audited_tensors},
-                       {"peak_rss_bytes", PeakResidentBytes()}});
+    OrderedJson json = {{"schema", "winnow.apply/1"},
+                        {"output", flags.output},
+                        {"bytes_before", rewrite.bytes_before},
+                        {"bytes_after", rewrite.bytes_after},
+                        {"bytes_written", result.bytes_written},
+                        {"seconds", result.seconds},
+                        {"audited_tensors", result.audited_tensors},
+                        {"peak_rss_bytes", PeakResidentBytes()}};
+    if (heal) json["healing"] = healing.json;
+    session.PrintJson(json);
   } else {
     session.Note(
         fmt::format("wrote {} at {}/s; audited {} tensors", flags.output,
@@ -66,6 +109,7 @@ int RunApply(Session& session, const ApplyFlags& flags) {
 
 void AddApply(CLI::App& app, Session& session) {
   auto flags = std::make_shared<ApplyFlags>();
+  flags->calibration.blocks.blocks_per_document = 1;
   CLI::App* verb = app.add_subcommand("apply", "Write the smaller checkpoint a plan describes");
   verb->add_option("MODEL", flags->model, "Checkpoint folder the plan was made for")->required();
   verb->add_option("--plan", flags->plan, "plan.json")->required();
@@ -75,6 +119,9 @@ void AddApply(CLI::App& app, Session& session) {
   verb->add_option("--dtype", flags->dtype,
                    "Convert the weights: f32, bf16 or f16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+  verb->add_flag("--heal", flags->heal,
+                 "Refit the survivors' down projections on the text of --calib");
+  AddCalibrationFlags(*verb, flags->calibration, false);
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, true);
   session.AddReportFlags(*verb);

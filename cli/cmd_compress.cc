@@ -8,6 +8,7 @@
 #include "base/units.h"
 #include "calibration.h"
 #include "evaluation.h"
+#include "healing.h"
 #include "methods/naee.h"
 #include "observe/layer_stats.h"
 #include "plan/loader_target.h"
@@ -26,7 +27,7 @@ struct CompressFlags {
   std::vector<std::string> texts;
   ObserveOptions observe;
   int64_t keep = 0, max_tokens = 8192;
-  bool progressive = false, keep_stats = false;
+  bool progressive = false, keep_stats = false, no_heal = false;
 };
 
 // What an interrupted or --keep-stats run leaves: nothing but these.
@@ -34,7 +35,7 @@ bool IsWorkFolder(const fs::path& work) {
   if (!fs::is_directory(work)) return false;
   for (const fs::directory_entry& entry : fs::directory_iterator(work)) {
     const std::string name = entry.path().filename().string();
-    if (name != "stats" && name != "stats.partial" && name != kReplacesName &&
+    if (name != "stats" && name != "stats.partial" && name != "healed" && name != kReplacesName &&
         !name.ends_with(".spill")) {
       return false;
     }
@@ -42,9 +43,28 @@ bool IsWorkFolder(const fs::path& work) {
   return true;
 }
 
+// Whether there is text enough to heal with; refuses what the budget does not hold.
+bool CanHeal(Session& session, const Model& model, const std::vector<SourceBlocks>& sources,
+             const StatsInfo& info, int64_t keep) {
+  CompressionPlan any;
+  for (const StatsLayer& layer : info.layers) {
+    LayerPlan first;
+    first.layer = layer.layer;
+    for (int32_t e = 0; e < keep; ++e) first.kept.push_back(e);
+    any.layers.push_back(first);
+  }
+  try {
+    PrepareHeal(session, model, any, sources);
+    return true;
+  } catch (const UsageError& problem) {
+    session.Warn(fmt::format("without healing: {}", problem.what()));
+    return false;
+  }
+}
+
 // The statistics, from an earlier unfinished run if it got that far.
 StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
-                  const fs::path& stats) {
+                  const std::vector<SourceBlocks>& sources, const fs::path& stats) {
   ObserveOptions& options = flags.observe;
   options.level = StatsLevel::kFull;
   if (flags.progressive) {
@@ -57,10 +77,11 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
           .kept;
     };
   }
-  const std::vector<SourceBlocks> sources =
-      LoadCalibration(session, model, flags.model, flags.calibration);
   const ObservePlan plan = PrepareObserve(session, model, sources, options, stats.string());
   CheckNaee(plan.info, {.keep = flags.keep});
+  // What does not fit is found out now, not after hours of observing: any choice of R holds the
+  // same.
+  if (!flags.no_heal) flags.no_heal = !CanHeal(session, model, sources, plan.info, flags.keep);
   if (session.flags.dry_run) {
     session.PrintDryRun("compress", DescribeObserve(plan));
     return plan.info;
@@ -111,7 +132,9 @@ int RunCompress(Session& session, CompressFlags& flags) {
                           flags.max_tokens);
   }
   const fs::path stats = work / "stats";
-  const StatsInfo info = Observe(session, flags, model, stats);
+  const std::vector<SourceBlocks> sources =
+      LoadCalibration(session, model, flags.model, flags.calibration);
+  const StatsInfo info = Observe(session, flags, model, sources, stats);
   if (session.flags.dry_run) return 0;  // Observe() has said it
   ReportCoverage(session, stats, info);
   const CompressionPlan plan =
@@ -119,6 +142,14 @@ int RunCompress(Session& session, CompressFlags& flags) {
   session.Note(DescribePlan(plan));
   ApplyOptions options;
   options.resume = session.flags.resume;
+  Healing healing;
+  if (!flags.no_heal) {
+    // A finished checkpoint was healed already; its weights are on disk and only read back.
+    healing =
+        Heal(session, model, plan, PrepareHeal(session, model, plan, sources), work / "healed");
+    options.replacements = &healing.weights;
+    options.changes = healing.card;
+  }
   const RewritePlan rewrite = PlanRewrite(model, plan, options);
   ApplyResult applied;
   if (!applied_before) {
@@ -149,7 +180,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
                               FormatStandardError(d.standard_error));
     }
     WriteFileAtomically(fs::path(flags.output) / CardFileName(model.checkpoint()),
-                        ModelCard(plan, rewrite, measured));
+                        ModelCard(plan, rewrite, CardChanges(options), measured));
   }
   if (!flags.keep_stats) fs::remove_all(work);
   if (session.flags.json) {
@@ -161,6 +192,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
                         {"apply_seconds", applied.seconds},
                         {"peak_rss_bytes", PeakResidentBytes()},
                         {"plan", PlanToJson(plan)}};
+    if (!flags.no_heal) json["healing"] = healing.json;
     if (!rows.empty()) json["eval"] = EvalJson(rows, flags.protocol);
     session.PrintJson(json);
     return 0;
@@ -186,6 +218,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
 
 void AddCompress(CLI::App& app, Session& session) {
   auto flags = std::make_shared<CompressFlags>();
+  flags->calibration.blocks.blocks_per_document = 1;
   CLI::App* verb = app.add_subcommand("compress", "Observe, plan, apply and evaluate in one");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("--keep", flags->keep, "Experts to keep in each layer")
@@ -206,6 +239,8 @@ void AddCompress(CLI::App& app, Session& session) {
       ->check(WholeNumberFrom(1));
   verb->add_option("--target", flags->target,
                    "Loader the result must satisfy: transformers, vllm, llama.cpp");
+  verb->add_flag("--no-heal", flags->no_heal,
+                 "Leave the survivors as they are (default: refit their down projections)");
   verb->add_flag("--keep-stats", flags->keep_stats, "Leave the statistics in OUT.work");
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, true);

@@ -73,7 +73,7 @@ TEST(Contract, JsonIsOneObjectAloneOnStandardOutput) {
       {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
       {"eval", "ppl", folder / "small", "--text", EvaluationText("math"), "--tokens", "512"},
       {"run", folder / "small", "-p", "Question: ", "-n", "4"},
-      {"compress", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "4", "--block",
+      {"compress", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "6", "--block",
        "64", "--keep", "6", "-o", folder / "other"}};
   for (Arguments command : commands) {
     command.insert(command.end(), {"--json", "-q"});
@@ -122,7 +122,7 @@ TEST(Contract, ConfigsThatContradictTheWeightsAreRefused) {
 
 TEST(Contract, DryRunsTellWhatTheyWouldTakeAndWriteNothing) {
   const TemporaryFolder folder;
-  const Arguments calibration = {"--calib", CalibrationText("math"), "--blocks", "4", "--block",
+  const Arguments calibration = {"--calib", CalibrationText("math"), "--blocks", "6", "--block",
                                  "64"};
   const std::string stats = folder / "stats", plan = folder / "plan.json";
   Arguments observe = {"observe", SampleModel(), "-o", stats, "-q"};

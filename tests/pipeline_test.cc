@@ -137,7 +137,8 @@ TEST(Pipeline, CompressWritesWhatTheStepsWrite) {
   MustRun(Arguments{"observe", SampleModel(), "--stats", "full", "-o", folder / "stats"} +
           kCalibration);
   Prune(folder, folder / "stats", "6", folder / "steps");
-  MustRun(Arguments{"compress", SampleModel(), "--keep", "6", "-o", folder / "at-once"} +
+  MustRun(Arguments{"compress", SampleModel(), "--keep", "6", "--no-heal", "--per-document", "0",
+                    "-o", folder / "at-once"} +
           kCalibration);
   const auto steps = ReadFolder(folder / "steps");
   const auto at_once = ReadFolder(folder / "at-once");

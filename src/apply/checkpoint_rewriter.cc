@@ -48,6 +48,10 @@ std::string RunFingerprint(const Model& model, const RewritePlan& rewrite) {
       for (const SourceRange& range : tensor.ranges) {
         fingerprint.Add(range.tensor->name);
         fingerprint.Add(range.offset);
+        if (range.replacement != nullptr) {
+          fingerprint.Add(range.replacement->file->header());
+          fingerprint.Add(range.replacement->file_offset);
+        }
       }
     }
   }
@@ -169,7 +173,8 @@ class Rewriter {
   }
 
   static bool IsPlainCopy(const OutputTensor& tensor) {
-    return tensor.ranges.size() == 1 && tensor.source_dtype == tensor.info.dtype;
+    return tensor.ranges.size() == 1 && tensor.ranges.front().replacement == nullptr &&
+           tensor.source_dtype == tensor.info.dtype;
   }
   const File& SourceFile(const TensorInfo& tensor) const {
     return model_.checkpoint().shards()[static_cast<size_t>(tensor.shard)].file();
@@ -178,8 +183,10 @@ class Rewriter {
   void WriteTensor(const OutputTensor& tensor, const File& out) {
     uint64_t at = tensor.info.file_offset;
     for (const SourceRange& range : tensor.ranges) {
-      const File& source = SourceFile(*range.tensor);
-      const uint64_t from = range.tensor->file_offset + range.offset;
+      const bool replaced = range.replacement != nullptr;
+      const File& source = replaced ? range.replacement->file->file() : SourceFile(*range.tensor);
+      const uint64_t from =
+          replaced ? range.replacement->file_offset : range.tensor->file_offset + range.offset;
       if (tensor.source_dtype == tensor.info.dtype) {
         out.CopyFrom(source, from, at, range.bytes);
         at += range.bytes;
@@ -227,7 +234,12 @@ int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& f
           const uint64_t offset = tail ? range.bytes - bytes : 0;
           expected.resize(bytes);
           found.resize(bytes);
-          source.checkpoint().ReadPart(*range.tensor, range.offset + offset, expected);
+          if (range.replacement != nullptr) {
+            range.replacement->file->file().ReadAt(range.replacement->file_offset + offset,
+                                                   expected);
+          } else {
+            source.checkpoint().ReadPart(*range.tensor, range.offset + offset, expected);
+          }
           written.checkpoint().ReadPart(*info, at + offset, found);
           same = same && expected == found;
         }
@@ -274,7 +286,8 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
     WriteFileAtomically(folder / "model.safetensors.index.json", rewrite.index_json);
   }
   WriteFileAtomically(folder / "winnow-plan.json", PlanToJson(plan).dump(1) + "\n");
-  WriteFileAtomically(folder / CardFileName(model.checkpoint()), ModelCard(plan, rewrite, ""));
+  WriteFileAtomically(folder / CardFileName(model.checkpoint()),
+                      ModelCard(plan, rewrite, CardChanges(options), ""));
   result.bytes_written = rewriter.bytes_written();
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   result.audited_tensors = Audit(model, rewrite, folder);

@@ -10,23 +10,29 @@
 #include <string>
 #include <vector>
 
-#include "base/dtype.h"             // Dtype
-#include "base/progress.h"          // JobControl
-#include "model/model.h"            // Model
-#include "plan/compression_plan.h"  // CompressionPlan
+#include "apply/weight_replacements.h"  // WeightReplacements
+#include "base/dtype.h"                 // Dtype
+#include "base/progress.h"              // JobControl
+#include "model/model.h"                // Model
+#include "plan/compression_plan.h"      // CompressionPlan
 
 namespace winnow {
 
 struct ApplyOptions {
+  // Matrices that are written anew (null: none); must outlive the run.
+  const WeightReplacements* replacements = nullptr;
+  // What the model card says of them; empty: that no weight was changed.
+  std::string changes = {};
   std::optional<Dtype> dtype = {};  // convert every F32/F16/BF16 tensor
   bool resume = false;
 };
 
-// A run of bytes of one source tensor.
+// A run of bytes of one source tensor, or of what replaces it.
 struct SourceRange {
   const TensorInfo* tensor = nullptr;
   uint64_t offset = 0;
   uint64_t bytes = 0;
+  const WeightReplacements::Place* replacement = nullptr;
 };
 
 struct OutputTensor {
@@ -52,6 +58,9 @@ struct RewritePlan {
   uint64_t bytes_after = 0;
   int64_t experts_before = 0, experts_after = 0;  // over all layers
 };
+
+// `changes` of the model card: healing, another number format, or nothing.
+std::string CardChanges(const ApplyOptions& options);
 
 RewritePlan PlanRewrite(const Model& model, const CompressionPlan& plan,
                         const ApplyOptions& options);

@@ -11,12 +11,20 @@ std::string CardFileName(const Checkpoint& source) {
   return fs::exists(source.folder() / "README.md") ? "WINNOW.md" : "README.md";
 }
 
+std::string CardChanges(const ApplyOptions& options) {
+  std::string changes = options.changes;
+  if (options.dtype) {
+    changes += fmt::format("{}Weights were converted to {}.", changes.empty() ? "" : " ",
+                           DtypeName(*options.dtype));
+  }
+  return changes;
+}
+
 std::string ModelCard(const CompressionPlan& plan, const RewritePlan& rewrite,
-                      const std::string& measurements) {
+                      const std::string& changes, const std::string& measurements) {
   std::string card = "# A pruned Mixture-of-Experts checkpoint\n\n";
-  card += fmt::format(
-      "Experts were removed from a `{}` model with Winnow; no weight was changed otherwise.\n\n",
-      plan.model_type);
+  card += fmt::format("Experts were removed from a `{}` model with Winnow{}\n\n", plan.model_type,
+                      changes.empty() ? "; no weight was changed otherwise." : ". " + changes);
   card += "| | before | after |\n|---|--:|--:|\n";
   card += fmt::format("| experts, all layers | {} | {} |\n", rewrite.experts_before,
                       rewrite.experts_after);

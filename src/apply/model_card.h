@@ -11,8 +11,9 @@ namespace winnow {
 
 // README.md, or WINNOW.md if the source has a README.md of its own (which is carried through).
 std::string CardFileName(const Checkpoint& source);
-// `measurements` is Markdown that follows the description; may be empty.
+// `changes` says how weights that were kept were changed (empty: they were not); `measurements` is
+// Markdown that follows the description and may be empty.
 std::string ModelCard(const CompressionPlan& plan, const RewritePlan& rewrite,
-                      const std::string& measurements);
+                      const std::string& changes, const std::string& measurements);
 
 }  // namespace winnow

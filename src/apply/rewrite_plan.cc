@@ -54,7 +54,7 @@ class Planner {
     output.info.dtype =
         options_.dtype && IsComputeDtype(tensor.dtype) ? *options_.dtype : tensor.dtype;
     if (role.kind == TensorKind::kOther) {
-      output.ranges.push_back({&tensor, 0, tensor.bytes});
+      output.ranges.push_back(Range(tensor, 0, tensor.bytes));
     } else {
       const std::vector<int32_t>& kept = kept_[static_cast<size_t>(role.layer)];
       if (role.kind == TensorKind::kExpert) {
@@ -62,22 +62,32 @@ class Planner {
         if (at == kept.end() || *at != role.expert) return;  // dropped
         output.info.name =
             model_.RenameExpert(tensor.name, role.expert, static_cast<int32_t>(at - kept.begin()));
-        output.ranges.push_back({&tensor, 0, tensor.bytes});
+        output.ranges.push_back(Range(tensor, 0, tensor.bytes));
       } else {
         const uint64_t slice = tensor.bytes / tensor.shape[0];
         for (const int32_t expert : kept) {
           const uint64_t offset = static_cast<uint64_t>(expert) * slice;
-          if (!output.ranges.empty() &&
+          const SourceRange range = Range(tensor, offset, slice);
+          if (!output.ranges.empty() && range.replacement == nullptr &&
+              output.ranges.back().replacement == nullptr &&
               output.ranges.back().offset + output.ranges.back().bytes == offset) {
             output.ranges.back().bytes += slice;
           } else {
-            output.ranges.push_back({&tensor, offset, slice});
+            output.ranges.push_back(range);
           }
         }
         output.info.shape[0] = kept.size();
       }
     }
     shard.tensors.push_back(std::move(output));
+  }
+
+  SourceRange Range(const TensorInfo& tensor, uint64_t offset, uint64_t bytes) const {
+    SourceRange range{&tensor, offset, bytes};
+    if (options_.replacements != nullptr) {
+      range.replacement = options_.replacements->Find(tensor, offset);
+    }
+    return range;
   }
 
   // Names are kept; if a shard lost all its tensors the others are numbered anew.

@@ -133,7 +133,12 @@ PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
       sweep.RunLayer(layer, reader.Get(layer), *states, nullptr);
     }
   }
-  const std::vector<double> scores = ScoreTokens(model, windows, *states, pool, control);
+  return ScoreStates(model, windows, *states, pool, control);
+}
+
+PerplexityResult ScoreStates(const Model& model, const ScoredWindows& windows, HiddenStates& states,
+                             ThreadPool& pool, const JobControl& control) {
+  const std::vector<double> scores = ScoreTokens(model, windows, states, pool, control);
   std::vector<double> window_nll;
   std::vector<int64_t> window_tokens;
   for (int64_t w = 0; w < windows.inputs.num_sequences(); ++w) {

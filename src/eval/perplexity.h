@@ -9,14 +9,15 @@
 #include <string>
 #include <vector>
 
-#include "base/memory.h"          // MemoryPlan
-#include "base/progress.h"        // JobControl
-#include "base/thread_pool.h"     // ThreadPool
-#include "forward/token_set.h"    // TokenSet
-#include "kernels/matmul.h"       // ComputePrecision
-#include "model/model.h"          // Model
-#include "text/text_source.h"     // TextSource
-#include "tokenizer/tokenizer.h"  // Tokenizer
+#include "base/memory.h"            // MemoryPlan
+#include "base/progress.h"          // JobControl
+#include "base/thread_pool.h"       // ThreadPool
+#include "forward/hidden_states.h"  // HiddenStates
+#include "forward/token_set.h"      // TokenSet
+#include "kernels/matmul.h"         // ComputePrecision
+#include "model/model.h"            // Model
+#include "text/text_source.h"       // TextSource
+#include "tokenizer/tokenizer.h"    // Tokenizer
 
 namespace winnow {
 
@@ -82,6 +83,10 @@ EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows,
 PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
                                const EvalOptions& options, const EvalPlan& plan, ThreadPool& pool,
                                const JobControl& control);
+
+// The last step alone: scores of streams that went through all layers.
+PerplexityResult ScoreStates(const Model& model, const ScoredWindows& windows, HiddenStates& states,
+                             ThreadPool& pool, const JobControl& control);
 
 // Mean, perplexity and standard error from per-window sums; `bytes` 0 = unknown.
 PerplexityResult Summarize(std::span<const double> window_nll,

@@ -117,10 +117,10 @@ void FeedForwardBlock::RunChunk(const LayerWeights& weights, const FeedForwardCa
       if (all) {
         RouteAllExperts(weights, n);
       } else {
-        RouteGathered(weights, n, selected);
+        RouteGathered(weights, call, n, selected);
       }
       std::memcpy(output_.data(), routed_.data(), static_cast<size_t>(n * h) * sizeof(float));
-      if (!weights.shared.gate.empty()) AddShared(weights, n);
+      if (!weights.shared.gate.empty()) AddShared(weights, call, n);
     }
     if (call.observer != nullptr) {
       call.observer->OnTokens({.layer = call.layer,
@@ -157,7 +157,25 @@ void FeedForwardBlock::SwiGluMlp(const FeedForwardWeights& weights, const Packed
   MatMul(packed_inner_, weights.down, y, ld, pool_, precision_);
 }
 
-void FeedForwardBlock::RouteGathered(const LayerWeights& weights, int64_t n, bool keep_outputs) {
+template <class TokenOf, class WeightOf>
+void FeedForwardBlock::ShowRows(const FeedForwardCall& call, int32_t expert, int64_t rows,
+                                int64_t width, const TokenOf& token_of, const WeightOf& weight_of) {
+  if (call.observer == nullptr || !call.observer->WantsExpertRows()) return;
+  ExpertRows shown{.layer = call.layer,
+                   .expert = expert,
+                   .num_rows = rows,
+                   .width = width,
+                   .gate = gate_.data(),
+                   .up = up_.data()};
+  for (int64_t i = 0; i < rows; ++i) {
+    shown.tokens.push_back(call.first_token + token_of(i));
+    shown.weights.push_back(weight_of(i));
+  }
+  call.observer->OnExpertRows(shown);
+}
+
+void FeedForwardBlock::RouteGathered(const LayerWeights& weights, const FeedForwardCall& call,
+                                     int64_t n, bool keep_outputs) {
   const int64_t h = config_.hidden_size, k = config_.num_experts_per_tok;
   const auto num_experts = static_cast<size_t>(weights.num_experts());
   tokens_of_expert_.resize(num_experts);
@@ -184,6 +202,10 @@ void FeedForwardBlock::RouteGathered(const LayerWeights& weights, int64_t n, boo
       packed_rows_.PackGathered(normed_.data(), std::span(tokens, static_cast<size_t>(rows)), h, h,
                                 pool_);
       SwiGluMlp(weights.experts[e], packed_rows_, rows_.data(), h);
+      ShowRows(
+          call, static_cast<int32_t>(e), rows, weights.experts[e].width(),
+          [&](int64_t i) { return int64_t{tokens[i]}; },
+          [&](int64_t i) { return weights_[static_cast<size_t>(slots[i])]; });
       ForRows(pool_, rows, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const float* row = rows_.data() + i * h;
@@ -228,7 +250,8 @@ void FeedForwardBlock::RouteAllExperts(const LayerWeights& weights, int64_t n) {
   });
 }
 
-void FeedForwardBlock::AddShared(const LayerWeights& weights, int64_t n) {
+void FeedForwardBlock::AddShared(const LayerWeights& weights, const FeedForwardCall& call,
+                                 int64_t n) {
   const int64_t h = config_.hidden_size;
   Grow(rows_, kMlpRows * h);
   Grow(shared_gate_, kMlpRows);
@@ -239,13 +262,16 @@ void FeedForwardBlock::AddShared(const LayerWeights& weights, int64_t n) {
     if (!weights.shared_router.empty()) {
       MatMul(packed_rows_, weights.shared_router, shared_gate_.data(), 1, pool_);
     }
+    const auto scale = [&](int64_t i) {
+      return weights.shared_router.empty()
+                 ? 1.0f
+                 : 1.0f / (1.0f + std::exp(-shared_gate_[static_cast<size_t>(i)]));
+    };
+    ShowRows(
+        call, -1, rows, weights.shared.width(), [&](int64_t i) { return first + i; }, scale);
     ForRows(pool_, rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        float scale = 1.0f;
-        if (!weights.shared_router.empty()) {
-          scale = 1.0f / (1.0f + std::exp(-shared_gate_[static_cast<size_t>(i)]));
-        }
-        AddScaled(output_.data() + (first + i) * h, scale, rows_.data() + i * h, h);
+        AddScaled(output_.data() + (first + i) * h, scale(i), rows_.data() + i * h, h);
       }
     });
   }

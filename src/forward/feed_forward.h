@@ -41,10 +41,16 @@ class FeedForwardBlock {
   void RunChunk(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);
   // y [rows, hidden] (stride ld) = SwiGLU of the rows in `x`.
   void SwiGluMlp(const FeedForwardWeights& weights, const PackedRows& x, float* y, int64_t ld);
-  // keep_outputs: also store each selected expert's output in selected_.
-  void RouteGathered(const LayerWeights& weights, int64_t n, bool keep_outputs);
+  // keep_outputs: also store each selected expert's output in selected_. Observers that want rows
+  // get them.
+  void RouteGathered(const LayerWeights& weights, const FeedForwardCall& call, int64_t n,
+                     bool keep_outputs);
   void RouteAllExperts(const LayerWeights& weights, int64_t n);
-  void AddShared(const LayerWeights& weights, int64_t n);
+  void AddShared(const LayerWeights& weights, const FeedForwardCall& call, int64_t n);
+  // The rows that the last SwiGluMlp computed, to an observer that wants them.
+  template <class TokenOf, class WeightOf>
+  void ShowRows(const FeedForwardCall& call, int32_t expert, int64_t rows, int64_t width,
+                const TokenOf& token_of, const WeightOf& weight_of);
 
   const ModelConfig& config_;
   ThreadPool& pool_;

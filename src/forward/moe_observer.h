@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace winnow {
 
@@ -26,12 +27,28 @@ struct MoeTokens {
   const float* selected_outputs = nullptr;
 };
 
+// What the down projection of one expert multiplies: inner = silu(gate) * up of some of the tokens
+// that use it, in token order.
+struct ExpertRows {
+  int64_t layer = 0;
+  int32_t expert = 0;                // -1: the shared expert
+  int64_t num_rows = 0;              // n below
+  int64_t width = 0;                 // of the expert
+  const float* gate = nullptr;       // [n, width] outputs of the two projections
+  const float* up = nullptr;         // [n, width]
+  std::vector<int64_t> tokens = {};  // [n] positions in the whole token set
+  std::vector<float> weights = {};   // [n] what the output of the expert is multiplied by
+};
+
 class MoeObserver {
  public:
   virtual ~MoeObserver() = default;
   // True: all E experts run on every token and expert_outputs is set.
   virtual bool WantsExpertOutputs() const { return false; }
   virtual bool WantsSelectedOutputs() const { return false; }
+  // True: OnExpertRows is called for every run of rows before OnTokens (not if WantsExpertOutputs).
+  virtual bool WantsExpertRows() const { return false; }
+  virtual void OnExpertRows(const ExpertRows&) {}
   virtual void OnTokens(const MoeTokens& tokens) = 0;
 };
 

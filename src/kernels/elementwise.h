@@ -25,6 +25,9 @@ void AddScaled(float* x, float scale, const float* y, int64_t n);
 // out = a . b, f32 products summed in four vectors, then across lanes in a fixed order.
 float Dot(const float* a, const float* b, int64_t n);
 
+// out[i] = silu(gate[i]) * up[i], as PackSwiGlu computes it.
+void SwiGlu(const float* gate, const float* up, int64_t n, float* out);
+
 // Softmax over each of `rows` rows of n in place (max subtracted, f32), stride ld.
 void Softmax(float* x, int64_t rows, int64_t n, int64_t ld);
 void SoftmaxReference(float* x, int64_t rows, int64_t n, int64_t ld);

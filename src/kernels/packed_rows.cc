@@ -122,6 +122,14 @@ HWY_EXPORT(SwiGluRow);
 
 constexpr int64_t kMaxTileRows = 16;
 
+}  // namespace
+
+void SwiGlu(const float* gate, const float* up, int64_t n, float* out) {
+  HWY_DYNAMIC_DISPATCH(SwiGluRow)(gate, up, n, out);
+}
+
+namespace {
+
 int64_t NumPanels(int64_t rows, int64_t panel_rows) {
   return (rows + panel_rows - 1) / panel_rows;
 }

@@ -21,6 +21,10 @@ struct BlockOptions {
   int64_t num_blocks = 128;  // over all sources, divided by their shares
   int64_t block_tokens = 512;
   uint64_t seed = 42;
+  // Blocks one document gives at most (0: no limit, as published). A longer one gives an excerpt
+  // from a place that the seed decides, so that the blocks come from more documents. Doubled until
+  // there are blocks enough.
+  int64_t blocks_per_document = 0;
   std::string field = "text";  // of JSONL
 };
 

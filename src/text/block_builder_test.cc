@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "base/error.h"
 #include "checkpoint/safetensors_file.h"
 #include "checkpoint/safetensors_writer.h"
@@ -175,6 +177,28 @@ TEST_F(BlocksTest, ATokenizerOfLongTokensTakesSeveralRounds) {
     ASSERT_EQ(blocks.ids[i],
               static_cast<int32_t>(documents_[static_cast<size_t>(order[i])].size()));
   }
+}
+
+TEST_F(BlocksTest, ExcerptsSpreadOverDocumentsUntilThereAreEnough) {
+  std::string text;  // ten documents of 3,000 letters, each its own, cut into words
+  for (char c = 'a'; c <= 'j'; ++c) {
+    for (int i = 0; i < 300; ++i) text += std::string(9, c) + " ";
+    text += "\n<|endoftext|>\n";
+  }
+  const TextSource source = Source(folder_.Write("letters.txt", text));
+  BlockOptions options{.num_blocks = 8, .block_tokens = 100, .blocks_per_document = 1};
+  const TokenSequences one = BlocksFromDocuments(source, EncodeBytes, options);
+  ASSERT_EQ(one.size(), 8);
+  std::set<int32_t> letters;
+  for (int64_t b = 0; b < 8; ++b) {
+    EXPECT_EQ(one.ids[static_cast<size_t>(100 * b)], 1);  // each begins as a document does
+    letters.insert(one.ids[static_cast<size_t>(100 * b + 1)]);
+  }
+  EXPECT_EQ(letters.size(), 8U);
+  options.num_blocks = 25;  // ten documents: three blocks of some
+  EXPECT_EQ(BlocksFromDocuments(source, EncodeBytes, options).size(), 25);
+  options.num_blocks = 400;  // more than there is
+  EXPECT_THROW(BlocksFromDocuments(source, EncodeBytes, options), UsageError);
 }
 
 TEST(DivideByShares, LargestRemainders) {

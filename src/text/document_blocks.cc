@@ -50,11 +50,29 @@ std::vector<std::string> CollectDocuments(const TextSource& source, const std::s
   return documents;
 }
 
-}  // namespace
+// `bytes` of a longer document, from the line or word after a pseudo-random place on.
+std::string_view Excerpt(std::string_view document, uint64_t bytes, uint64_t seed) {
+  if (document.size() <= bytes) return document;
+  // splitmix64: any fixed mixing will do.
+  uint64_t x = seed + 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  x ^= x >> 31;
+  const uint64_t start = x % (document.size() - bytes + 1);
+  if (start == 0) return document.substr(0, bytes);
+  size_t begin = document.find('\n', start);
+  if (begin == std::string_view::npos || begin > start + bytes / 8) {
+    begin = document.find(' ', start);
+  }
+  if (begin == std::string_view::npos || begin > start + bytes / 8)
+    return document.substr(0, bytes);
+  return document.substr(begin + 1, bytes);
+}
 
-TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunction& encode,
-                                   const BlockOptions& options) {
-  const std::vector<uint32_t> bytes = DocumentBytes(source, options.field);
+// As many blocks as the documents give, at most those asked for. `cut`: a document gave an excerpt.
+TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
+                         const BlockOptions& options, const std::vector<uint32_t>& bytes, bool& cut,
+                         int64_t& documents_tried) {
   const auto num_documents = static_cast<int64_t>(bytes.size());
   std::vector<int64_t> order = NumpyPermutation(options.seed, num_documents);
   if (options.num_blocks < num_documents / kDocumentsPerBlock) {
@@ -62,6 +80,7 @@ TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunctio
     order.shrink_to_fit();
   }
 
+  const int64_t most_tokens = options.blocks_per_document * options.block_tokens;
   TokenSequences result;
   result.offsets.push_back(0);
   std::vector<int32_t> pending;
@@ -74,7 +93,10 @@ TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunctio
                            static_cast<double>(options.block_tokens) * kBytesPerToken;
     size_t end = next;
     for (double round_bytes = 0; end < order.size() && round_bytes < missing; ++end) {
-      round_bytes += bytes[static_cast<size_t>(order[end])];
+      const double used = bytes[static_cast<size_t>(order[end])];
+      round_bytes += most_tokens > 0
+                         ? std::min(used, static_cast<double>(most_tokens) * kBytesPerToken)
+                         : used;
     }
     const std::vector<std::string> documents =
         CollectDocuments(source, options.field, std::span(order).subspan(next, end - next));
@@ -82,7 +104,15 @@ TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunctio
       if (result.size() == options.num_blocks) break;
       if (next % kGroupDocuments == 0) pending.clear();
       ++next;
-      const std::vector<int32_t> ids = encode(document);
+      const int64_t number = order[next - 1];
+      std::vector<int32_t> ids =
+          encode(most_tokens > 0 ? Excerpt(document, static_cast<uint64_t>(most_tokens) * 8,
+                                           options.seed ^ static_cast<uint64_t>(number))
+                                 : std::string_view(document));
+      if (most_tokens > 0 && static_cast<int64_t>(ids.size()) > most_tokens) {
+        ids.resize(static_cast<size_t>(most_tokens));
+        cut = true;
+      }
       pending.insert(pending.end(), ids.begin(), ids.end());
       const int64_t whole = std::min(static_cast<int64_t>(pending.size()) / options.block_tokens,
                                      options.num_blocks - result.size());
@@ -94,22 +124,37 @@ TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunctio
       pending.erase(pending.begin(), used);
     }
   }
-  if (result.size() < options.num_blocks) {
-    throw UsageError(
-        fmt::format("{}: {} documents give {} blocks of {} tokens, {} are wanted",
-                    source.path.string(), FormatCount(static_cast<uint64_t>(order.size())),
-                    result.size(), options.block_tokens, options.num_blocks),
-        result.size() > 0
-            ? fmt::format("give --blocks {} or less for this text, shorter blocks (--block), or "
-                          "more text{}",
-                          result.size(),
-                          order.size() < bytes.size()
-                              ? fmt::format("; of short documents only {} a block are tried",
-                                            kDocumentsPerBlock)
-                              : "")
-            : "shorten the blocks (--block), or give more text");
-  }
+  documents_tried = std::ssize(order);
   return result;
+}
+
+}  // namespace
+
+TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunction& encode,
+                                   const BlockOptions& options) {
+  const std::vector<uint32_t> bytes = DocumentBytes(source, options.field);
+  BlockOptions attempt = options;
+  for (;; attempt.blocks_per_document *= 2) {
+    bool cut = false;
+    int64_t tried = 0;
+    TokenSequences result = CutBlocks(source, encode, attempt, bytes, cut, tried);
+    if (result.size() == options.num_blocks) return result;
+    if (cut && attempt.blocks_per_document < options.num_blocks) continue;
+    std::string hint = "shorten the blocks (--block), or give more text";
+    if (result.size() > 0) {
+      hint = fmt::format(
+          "give --blocks {} or less for this text, shorter blocks (--block), or more "
+          "text{}",
+          result.size(),
+          tried < std::ssize(bytes)
+              ? fmt::format("; of short documents only {} a block are tried", kDocumentsPerBlock)
+              : "");
+    }
+    throw UsageError(fmt::format("{}: {} documents give {} blocks of {} tokens, {} are wanted",
+                                 source.path.string(), FormatCount(static_cast<uint64_t>(tried)),
+                                 result.size(), options.block_tokens, options.num_blocks),
+                     hint);
+  }
 }
 
 std::vector<int64_t> DivideByShares(int64_t num_blocks, const std::vector<double>& shares) {

@@ -1,0 +1,38 @@
+// New bytes for matrices of a checkpoint, e.g. healed down projections: where apply reads them
+// instead of the source. Same shape and format as what they replace.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "checkpoint/safetensors_file.h"  // SafetensorsFile
+#include "model/model.h"                  // TensorSlice
+
+namespace winnow {
+
+class WeightReplacements {
+ public:
+  struct Place {
+    const SafetensorsFile* file = nullptr;
+    uint64_t file_offset = 0;
+    uint64_t bytes = 0;
+  };
+
+  // The tensor `name` of `file` takes the place of `slice`. ModelError if it is of another size or
+  // format.
+  void Add(const TensorSlice& slice, std::shared_ptr<const SafetensorsFile> file,
+           const std::string& name);
+  // What replaces the bytes of `tensor` from `offset` on; null: nothing.
+  const Place* Find(const TensorInfo& tensor, uint64_t offset) const;
+  bool empty() const { return places_.empty(); }
+  size_t size() const { return places_.size(); }
+
+ private:
+  std::map<std::pair<const TensorInfo*, uint64_t>, Place> places_;
+  std::map<const SafetensorsFile*, std::shared_ptr<const SafetensorsFile>> files_;
+};
+
+}  // namespace winnow

@@ -1,0 +1,225 @@
+#include "kernels/inverse.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/inverse.cc"
+#include "hwy/foreach_target.h"  // before highway.h
+#include "kernels/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace winnow {
+namespace HWY_NAMESPACE {
+
+// Rows of c a register tile holds; its columns are kVectors vectors.
+inline constexpr int64_t kRowsOfTile = 4;
+inline constexpr int64_t kVectors = 3;
+
+// One tile: c[rows, kVectors vectors] -= a b, with a [rows, k] by strides and b [k, ...] by rows.
+template <int64_t kRows>
+HWY_INLINE void SubtractTile(double* c, int64_t ld_c, const double* a, int64_t row_a, int64_t col_a,
+                             const double* b, int64_t ld_b, int64_t k) {
+  const DD d;
+  constexpr auto kStep = static_cast<int64_t>(kDoubleLanes);
+  hn::Vec<DD> sum[kRows * kVectors];
+  for (auto& s : sum) s = hn::Zero(d);
+  for (int64_t i = 0; i < k; ++i) {
+    const hn::Vec<DD> right[kVectors] = {hn::LoadU(d, b), hn::LoadU(d, b + kStep),
+                                         hn::LoadU(d, b + 2 * kStep)};
+    HWY_UNROLL(4)
+    for (int64_t r = 0; r < kRows; ++r) {
+      const auto left = hn::Set(d, a[r * row_a]);
+      HWY_UNROLL(3)
+      for (int64_t v = 0; v < kVectors; ++v) {
+        sum[r * kVectors + v] = hn::MulAdd(left, right[v], sum[r * kVectors + v]);
+      }
+    }
+    a += col_a;
+    b += ld_b;
+  }
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      double* to = c + r * ld_c + v * kStep;
+      hn::StoreU(hn::Sub(hn::LoadU(d, to), sum[r * kVectors + v]), d, to);
+    }
+  }
+}
+
+// c [m, n] -= a [m, k] b [k, n]; every element is one sum in the order of k.
+void SubtractProduct(double* c, int64_t ld_c, const double* a, int64_t row_a, int64_t col_a,
+                     const double* b, int64_t ld_b, int64_t m, int64_t n, int64_t k) {
+  constexpr auto kColumns = kVectors * static_cast<int64_t>(kDoubleLanes);
+  int64_t j = 0;
+  for (; j + kColumns <= n; j += kColumns) {
+    int64_t i = 0;
+    for (; i + kRowsOfTile <= m; i += kRowsOfTile) {
+      SubtractTile<kRowsOfTile>(c + i * ld_c + j, ld_c, a + i * row_a, row_a, col_a, b + j, ld_b,
+                                k);
+    }
+    for (; i < m; ++i) {
+      SubtractTile<1>(c + i * ld_c + j, ld_c, a + i * row_a, row_a, col_a, b + j, ld_b, k);
+    }
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t rest = j; rest < n; ++rest) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        sum = std::fma(a[i * row_a + l * col_a], b[l * ld_b + rest], sum);
+      }
+      c[i * ld_c + rest] -= sum;
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace winnow
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace winnow {
+namespace {
+
+HWY_EXPORT(SubtractProduct);
+
+constexpr int64_t kBlock = 64;
+
+int64_t NumBlocks(int64_t n) {
+  return (n + kBlock - 1) / kBlock;
+}
+
+// The lower Cholesky factor of the block at the diagonal, in place, and its inverse [m, m].
+bool FactorBlock(double* a, int64_t ld, int64_t m, std::vector<double>& inverse) {
+  for (int64_t j = 0; j < m; ++j) {
+    double pivot = a[j * ld + j];
+    for (int64_t k = 0; k < j; ++k) pivot -= a[j * ld + k] * a[j * ld + k];
+    if (!(pivot > 0) || !std::isfinite(pivot)) return false;
+    const double root = std::sqrt(pivot);
+    a[j * ld + j] = root;
+    for (int64_t i = j + 1; i < m; ++i) {
+      double sum = a[i * ld + j];
+      for (int64_t k = 0; k < j; ++k) sum -= a[i * ld + k] * a[j * ld + k];
+      a[i * ld + j] = sum / root;
+    }
+  }
+  inverse.assign(static_cast<size_t>(m * m), 0.0);
+  for (int64_t j = 0; j < m; ++j) {
+    for (int64_t i = j; i < m; ++i) {
+      double sum = i == j ? 1.0 : 0.0;
+      for (int64_t k = j; k < i; ++k) {
+        sum -= a[i * ld + k] * inverse[static_cast<size_t>(k * m + j)];
+      }
+      inverse[static_cast<size_t>(i * m + j)] = sum / a[i * ld + i];
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool InvertPositiveDefinite(double* a, int64_t n, ThreadPool& pool) {
+  const auto subtract = [](auto... arguments) {
+    HWY_DYNAMIC_DISPATCH(SubtractProduct)(arguments...);
+  };
+  const int64_t blocks = NumBlocks(n);
+  const auto size = [&](int64_t block) { return std::min(kBlock, n - block * kBlock); };
+  std::vector<std::vector<double>> diagonal(static_cast<size_t>(blocks));  // inverses of L_JJ
+  // a = L L^T, L in the lower triangle.
+  std::vector<double> panel_transposed;
+  for (int64_t j = 0; j < blocks; ++j) {
+    const int64_t first = j * kBlock, m = size(j), below = n - first - m;
+    std::vector<double>& inverse = diagonal[static_cast<size_t>(j)];
+    if (!FactorBlock(a + first * n + first, n, m, inverse)) return false;
+    if (below == 0) break;
+    // L_IJ = A_IJ L_JJ^-T, and its transpose beside it for the update of what is right of it.
+    panel_transposed.assign(static_cast<size_t>(m * below), 0.0);
+    pool.Run(blocks - j - 1, [&](int64_t task, int) {
+      const int64_t block = j + 1 + task, rows = size(block);
+      double* panel = a + block * kBlock * n + first;
+      std::vector<double> solved(static_cast<size_t>(rows * m));
+      std::vector<double> transposed(static_cast<size_t>(m * m));
+      for (int64_t r = 0; r < m; ++r) {
+        for (int64_t c = 0; c < m; ++c) {
+          transposed[static_cast<size_t>(c * m + r)] = -inverse[static_cast<size_t>(r * m + c)];
+        }
+      }
+      subtract(solved.data(), m, panel, n, 1, transposed.data(), m, rows, m, m);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < m; ++c) {
+          const double value = solved[static_cast<size_t>(r * m + c)];
+          panel[r * n + c] = value;
+          panel_transposed[static_cast<size_t>(c * below + (block - j - 1) * kBlock + r)] = value;
+        }
+      }
+    });
+    pool.Run(blocks - j - 1, [&](int64_t task, int) {
+      const int64_t block = j + 1 + task, rows = size(block);
+      // The lower triangle of the rest: columns up to the block's own.
+      const int64_t columns = (block - j - 1) * kBlock + rows;
+      subtract(a + block * kBlock * n + first + m, n, a + block * kBlock * n + first, n, 1,
+               panel_transposed.data(), below, rows, columns, m);
+    });
+  }
+  // X = L^-1 by columns of blocks, in a matrix of its own (zero above the diagonal).
+  std::vector<double> x(static_cast<size_t>(n * n), 0.0);
+  pool.Run(blocks, [&](int64_t j, int) {
+    const int64_t columns = size(j);
+    for (int64_t i = j; i < blocks; ++i) {
+      const std::vector<double>& inverse = diagonal[static_cast<size_t>(i)];
+      const int64_t rows = size(i);
+      double* out = x.data() + i * kBlock * n + j * kBlock;
+      if (i == j) {
+        for (int64_t r = 0; r < rows; ++r) {
+          std::copy_n(inverse.data() + r * rows, rows, out + r * n);
+        }
+        continue;
+      }
+      // - L_II^-1 sum_K L_IK X_KJ
+      std::vector<double> sum(static_cast<size_t>(rows * columns), 0.0);
+      const int64_t inner = (i - j) * kBlock;
+      subtract(sum.data(), columns, a + i * kBlock * n + j * kBlock, n, 1,
+               x.data() + j * kBlock * n + j * kBlock, n, rows, columns, inner);
+      for (double& value : sum) value = -value;
+      subtract(out, n, inverse.data(), rows, 1, sum.data(), columns, rows, columns, rows);
+    }
+  });
+  // a^-1 = X^T X: row block i needs the rows of X from i on.
+  pool.Run(blocks, [&](int64_t i, int) {
+    const int64_t rows = size(i), first = i * kBlock, columns = first + rows;
+    std::vector<double> sum(static_cast<size_t>(rows * columns), 0.0);
+    subtract(sum.data(), columns, x.data() + first * n + first, 1, n, x.data() + first * n, n, rows,
+             columns, n - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        a[(first + r) * n + c] = -sum[static_cast<size_t>(r * columns + c)];
+      }
+    }
+  });
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = r + 1; c < n; ++c) a[r * n + c] = a[c * n + r];
+  }
+  return true;
+}
+
+bool InvertPositiveDefiniteReference(double* a, int64_t n) {
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = r + 1; c < n; ++c) a[r * n + c] = a[c * n + r];
+  }
+  for (int64_t p = 0; p < n; ++p) {
+    const double pivot = a[p * n + p];
+    if (!(pivot > 0)) return false;
+    a[p * n + p] = 1;
+    for (int64_t c = 0; c < n; ++c) a[p * n + c] /= pivot;
+    for (int64_t r = 0; r < n; ++r) {
+      if (r == p) continue;
+      const double factor = a[r * n + p];
+      a[r * n + p] = 0;
+      for (int64_t c = 0; c < n; ++c) a[r * n + c] -= factor * a[p * n + c];
+    }
+  }
+  return true;
+}
+
+}  // namespace winnow
+#endif  // HWY_ONCE
