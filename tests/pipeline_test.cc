@@ -151,6 +151,35 @@ TEST(Pipeline, CompressWritesWhatTheStepsWrite) {
             (std::vector<std::string>{"at-once", "stats", "steps", "steps.json"}));
 }
 
+TEST(Pipeline, HealingRepairsWithoutAChangeOfFormat) {
+  const TemporaryFolder folder;
+  Arguments text;
+  for (const char* domain : {"prose", "docs", "code", "math", "other"}) {
+    text.insert(text.end(), {"--calib", CalibrationText(domain)});
+  }
+  const Arguments calibration = text + Arguments{"--blocks", "40", "--block", "128"};
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + calibration);
+  Prune(folder, folder / "stats", "5", folder / "pruned");
+  const Json healed = RunJson(Arguments{"apply", SampleModel(), "--plan", folder / "pruned.json",
+                                        "--heal", "-o", folder / "healed"} +
+                              calibration);
+  EXPECT_EQ(healed["healing"]["kept"], true);
+  EXPECT_LT(healed["healing"]["nll_healed"], healed["healing"]["nll_pruned"]);
+  auto before = ReadFolder(folder / "pruned"), after = ReadFolder(folder / "healed");
+  EXPECT_EQ(before["model.safetensors"].size(), after["model.safetensors"].size());
+  EXPECT_NE(before["model.safetensors"], after["model.safetensors"]);
+  EXPECT_NE(after["WINNOW.md"].find("down projections refitted"), std::string::npos);
+  before.erase("model.safetensors");
+  after.erase("model.safetensors");
+  before.erase("WINNOW.md");
+  after.erase("WINNOW.md");
+  EXPECT_EQ(before, after);
+  // On text of its own, about half of the damage is gone already with this little text to heal on.
+  const Json judged = RunJson({"eval", "ppl", folder / "healed", "--against", folder / "pruned",
+                               "--text", EvaluationText("math"), "--tokens", "4096"});
+  EXPECT_LT(judged["texts"][0]["difference"]["nll"].get<double>(), -0.3);
+}
+
 TEST(Pipeline, ThreadsDoNotChangeABit) {
   const TemporaryFolder folder;
   for (const std::string threads : {"1", "2", "5"}) {
