@@ -165,8 +165,9 @@ int RunCompress(Session& session, CompressFlags& flags) {
   if (!flags.texts.empty()) {
     const std::string spill = work.string();
     const Model smaller = Model::Open(flags.output);
-    const auto before = Evaluate(session, model, texts, {}, spill);
-    const auto after = Evaluate(session, smaller, texts, {}, spill);
+    const auto before =
+        Evaluate(session, model, texts, {.skip_betas = SkippingOf(model, "", false)}, spill).texts;
+    const auto after = Evaluate(session, smaller, texts, {}, spill).texts;
     for (size_t i = 0; i < texts.size(); ++i) rows.push_back({texts[i].name, after[i], before[i]});
     std::string measured = fmt::format(
         "Protocol `{}`: {}.\n\n| text | tokens | original | pruned | d nll +- s.e. |\n"

@@ -13,6 +13,7 @@ struct EvalFlags {
   std::string model, against, protocol, field = "text", plan;
   std::vector<std::string> texts, ids;
   int64_t max_tokens = 0;
+  bool no_skip = false;
 };
 
 int RunEvalPpl(Session& session, EvalFlags& flags) {
@@ -54,16 +55,30 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
       throw UsageError("--against: the two models have different vocabularies",
                        "compare models of different tokenizers by bits per byte, one at a time");
     }
-    original = Evaluate(session, reference, texts, {}, fs::temp_directory_path().string());
+    original = Evaluate(session, reference, texts,
+                        {.skip_betas = SkippingOf(reference, "", flags.no_skip)},
+                        fs::temp_directory_path().string())
+                   .texts;
   }
-  const std::vector<PerplexityResult> results =
-      Evaluate(session, model, texts, WhatIf(session, model, flags.plan),
-               fs::temp_directory_path().string());
+  EvalRun how{.kept_experts = WhatIf(session, model, flags.plan),
+              .skip_betas = SkippingOf(model, flags.plan, flags.no_skip)};
+  const std::string spill = fs::temp_directory_path().string();
+  const EvalResults measured = Evaluate(session, model, texts, how, spill);
+  const std::vector<PerplexityResult>& results = measured.texts;
   if (session.flags.dry_run) {
     int64_t tokens = 0;
     for (const EvalText& text : texts) tokens += text.windows.scored;
     session.PrintDryRun("eval ppl", {{"protocol", name}, {"tokens", tokens}});
     return 0;
+  }
+  // Skipping is shown beside the same model without it.
+  std::vector<EvalRow> unskipped;
+  if (measured.skipping) {
+    how.skip_betas.clear();
+    const EvalResults all_experts = Evaluate(session, model, texts, how, spill);
+    for (size_t i = 0; i < texts.size(); ++i) {
+      unskipped.push_back({texts[i].name, all_experts.texts[i], std::nullopt});
+    }
   }
   std::vector<EvalRow> rows;
   for (size_t i = 0; i < texts.size(); ++i) {
@@ -71,11 +86,20 @@ int RunEvalPpl(Session& session, EvalFlags& flags) {
     if (!original.empty()) rows.back().original = original[i];
   }
   if (session.flags.json) {
-    session.PrintJson(EvalJson(rows, name));
+    OrderedJson json = EvalJson(rows, name);
+    if (measured.skipping) {
+      json.update(SkippingJson(model, *measured.skipping));
+      json["without_skipping"] = EvalJson(unskipped, name)["texts"];
+    }
+    session.PrintJson(json);
   } else {
     session.Print(EvalTable(rows, flags.ids.empty()
                                       ? protocol.name + " (" + protocol.description + ")"
                                       : "ids (rows are windows, positions 1.. scored)"));
+    if (measured.skipping) {
+      session.Print(DescribeSkipping(model, *measured.skipping));
+      session.Print("without skipping:\n" + EvalTable(unskipped, name));
+    }
     session.PrintUsage();
   }
   return 0;
@@ -99,6 +123,7 @@ void AddEval(CLI::App& app, Session& session) {
       ->check(WholeNumberFrom(1));
   ppl->add_option("--field", flags->field, "Key of the text in .jsonl (default text)");
   ppl->add_option("--plan", flags->plan, "Behave as if this plan were applied");
+  ppl->add_flag("--no-skip", flags->no_skip, "Run every expert, whatever config.json says");
   session.AddComputeFlags(*ppl);
   ppl->add_flag("--dry-run", session.flags.dry_run, "Say what would be held; do nothing");
   session.AddReportFlags(*ppl);

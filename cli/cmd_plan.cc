@@ -15,7 +15,7 @@ namespace {
 struct PlanFlags {
   std::string stats, output, method = "naee", search = "auto", target = "transformers";
   int64_t keep = 0;
-  double ratio = 0;
+  double ratio = 0, active = 0, max_error = 0;
   bool compare = false;
 };
 
@@ -25,7 +25,42 @@ SubsetSearch ParseSearch(const std::string& name) {
   return SubsetSearch::kAuto;
 }
 
+int WritePlan(Session& session, const PlanFlags& flags, const CompressionPlan& plan) {
+  const OrderedJson json = PlanToJson(plan);
+  if (!flags.output.empty() && !session.flags.dry_run) {
+    WriteFileAtomically(flags.output, json.dump(1) + "\n");
+  }
+  if (session.flags.json) {
+    session.PrintJson(json);
+  } else {
+    session.Print(DescribePlan(plan));
+    if (flags.output.empty()) session.Note("nothing was written; give -o PLAN to keep it");
+  }
+  return 0;
+}
+
+int PlanSkipping(Session& session, const PlanFlags& flags) {
+  if (flags.keep > 0 || flags.ratio > 0 || flags.compare) {
+    throw UsageError("naee-skip removes no experts: it takes no --keep, --ratio or --compare",
+                     "to do both, observe with --plan PRUNING and plan skipping from that");
+  }
+  if (flags.active > 0 && flags.max_error > 0) {
+    throw UsageError("give either --active or --max-error");
+  }
+  if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
+  std::optional<SkipBudget> budget;
+  if (flags.active > 0) budget = SkipBudget{.active_experts = flags.active, .max_error = {}};
+  if (flags.max_error > 0) budget = SkipBudget{.active_experts = {}, .max_error = flags.max_error};
+  const StatsInfo info = ReadStatsInfo(flags.stats);
+  return WritePlan(session, flags,
+                   MakeSkippingPlan(session, flags.stats, info, budget, flags.target));
+}
+
 int RunPlan(Session& session, PlanFlags& flags) {
+  if (flags.method == "naee-skip") return PlanSkipping(session, flags);
+  if (flags.active > 0 || flags.max_error > 0) {
+    throw UsageError("--active and --max-error belong to --method naee-skip");
+  }
   if ((flags.keep > 0) == (flags.ratio > 0)) {
     throw UsageError("give either --keep R (experts kept) or --ratio X (share removed)");
   }
@@ -46,17 +81,7 @@ int RunPlan(Session& session, PlanFlags& flags) {
   }
   const CompressionPlan plan =
       MakePruningPlan(session, flags.stats, info, {flags.method, options}, flags.target);
-  const OrderedJson json = PlanToJson(plan);
-  if (!flags.output.empty() && !session.flags.dry_run) {
-    WriteFileAtomically(flags.output, json.dump(1) + "\n");
-  }
-  if (session.flags.json) {
-    session.PrintJson(json);
-  } else {
-    session.Print(DescribePlan(plan));
-    if (flags.output.empty()) session.Note("nothing was written; give -o PLAN to keep it");
-  }
-  return 0;
+  return WritePlan(session, flags, plan);
 }
 
 }  // namespace
@@ -65,10 +90,15 @@ void AddPlan(CLI::App& app, Session& session) {
   auto flags = std::make_shared<PlanFlags>();
   CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
   verb->add_option("STATS", flags->stats, "Statistics folder")->required();
-  verb->add_option(
-      "--method", flags->method,
-      "naee (least loss of the output), or a score: frequency, seer, ean, weighted-ean, "
-      "reap, man, msan, leave-one-out");
+  verb->add_option("--method", flags->method,
+                   "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean, "
+                   "reap, man, msan, leave-one-out), or naee-skip: skip experts at run time");
+  verb->add_option("--active", flags->active,
+                   "naee-skip: mean experts a token, spent where it costs least (default: medians)")
+      ->check(NumberFromTo(1, 128));
+  verb->add_option("--max-error", flags->max_error,
+                   "naee-skip: skip until the layers' relative errors add up to this")
+      ->check(NumberFromTo(1e-9, 1e3));
   verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
   verb->add_option("--search", flags->search,
                    "enumerate, eliminate (then exchanges), or auto: by the number of subsets")

@@ -17,7 +17,7 @@ namespace {
 struct RunFlags {
   std::string model, prompt, ids, plan;
   GenerateOptions options;
-  bool ignore_eos = false;
+  bool ignore_eos = false, no_skip = false;
 };
 
 int RunIds(Session& session, RunFlags& flags, const Model& model) {
@@ -46,6 +46,7 @@ int RunVerb(Session& session, RunFlags& flags) {
   flags.options.memory_budget_bytes = session.memory_budget();
   flags.options.stop_at_eos = !flags.ignore_eos;
   flags.options.kept_experts = WhatIf(session, model, flags.plan);
+  flags.options.skip_betas = SkippingOf(model, flags.plan, flags.no_skip);
   if (!flags.ids.empty()) return RunIds(session, flags, model);
   if (!fs::exists(fs::path(flags.model) / "tokenizer.json")) {
     throw UsageError(
@@ -85,12 +86,14 @@ int RunVerb(Session& session, RunFlags& flags) {
                                          });
   show(decoder.Finish());
   if (session.flags.json) {
-    session.PrintJson({{"schema", "winnow.run/1"},
-                       {"tokens", OrderedJson::array({result.tokens})},
-                       {"text", continuation},
-                       {"prompt_tokens", prompt.size()},
-                       {"prompt_seconds", result.prompt_seconds},
-                       {"decode_seconds", result.decode_seconds}});
+    OrderedJson json = {{"schema", "winnow.run/1"},
+                        {"tokens", OrderedJson::array({result.tokens})},
+                        {"text", continuation},
+                        {"prompt_tokens", prompt.size()},
+                        {"prompt_seconds", result.prompt_seconds},
+                        {"decode_seconds", result.decode_seconds}};
+    if (result.skipping) json.update(SkippingJson(model, *result.skipping));
+    session.PrintJson(json);
   } else {
     std::fputc('\n', stdout);
     session.Note(fmt::format(
@@ -98,6 +101,7 @@ int RunVerb(Session& session, RunFlags& flags) {
         static_cast<double>(prompt.size()) / std::max(1e-9, result.prompt_seconds),
         result.tokens.size(),
         static_cast<double>(result.tokens.size()) / std::max(1e-9, result.decode_seconds)));
+    if (result.skipping) session.Note(DescribeSkipping(model, *result.skipping));
   }
   return 0;
 }
@@ -123,6 +127,7 @@ void AddRun(CLI::App& app, Session& session) {
   verb->add_option("--seed", flags->options.sampling.seed, "Seed (default 42)");
   verb->add_flag("--ignore-eos", flags->ignore_eos, "Go on after the end-of-sequence token");
   verb->add_option("--plan", flags->plan, "Behave as if this plan were applied");
+  verb->add_flag("--no-skip", flags->no_skip, "Run every expert, whatever config.json says");
   session.AddComputeFlags(*verb);
   session.AddReportFlags(*verb);
   verb->footer("Example: winnow run MODEL -p \"Once upon a time\" -n 40 --temp 0.8");

@@ -31,10 +31,8 @@ std::vector<EvalText> LoadEvalTexts(const Model& model, const std::string& model
   return texts;
 }
 
-std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
-                                       const std::vector<EvalText>& texts,
-                                       const std::vector<std::vector<int32_t>>& kept_experts,
-                                       const std::string& spill_folder) {
+EvalResults Evaluate(Session& session, const Model& model, const std::vector<EvalText>& texts,
+                     const EvalRun& run, const std::string& spill_folder) {
   // All texts go through a layer together, so that each weight is read once.
   ScoredWindows joined;
   for (const EvalText& text : texts) {
@@ -51,20 +49,21 @@ std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
   EvalOptions options;
   options.memory_budget_bytes = session.memory_budget();
   options.spill_folder = spill_folder;
-  options.kept_experts = kept_experts;
+  options.kept_experts = run.kept_experts;
+  options.skip_betas = run.skip_betas;
   options.compute = session.compute();
   const EvalPlan plan = PlanPerplexity(model, joined, options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "eval");
   if (session.flags.dry_run) return {};
   const PerplexityResult all =
       RunPerplexity(model, joined, options, plan, session.pool(), session.control());
-  std::vector<PerplexityResult> results;
+  EvalResults results{{}, all.skipping};
   size_t window = 0;
   for (const EvalText& text : texts) {
     const auto count = static_cast<size_t>(text.windows.inputs.num_sequences());
-    results.push_back(Summarize(std::span(all.window_nll).subspan(window, count),
-                                std::span(all.window_tokens).subspan(window, count),
-                                text.windows.bytes));
+    results.texts.push_back(Summarize(std::span(all.window_nll).subspan(window, count),
+                                      std::span(all.window_tokens).subspan(window, count),
+                                      text.windows.bytes));
     window += count;
   }
   return results;

@@ -25,11 +25,18 @@ struct EvalRow {
 std::vector<EvalText> LoadEvalTexts(const Model& model, const std::string& model_folder,
                                     const std::vector<std::string>& paths, const std::string& field,
                                     const PerplexityProtocol& protocol, int64_t max_tokens);
-// Results of all texts, in order.
-std::vector<PerplexityResult> Evaluate(Session& session, const Model& model,
-                                       const std::vector<EvalText>& texts,
-                                       const std::vector<std::vector<int32_t>>& kept_experts,
-                                       const std::string& spill_folder);
+// How a model is run.
+struct EvalRun {
+  std::vector<std::vector<int32_t>> kept_experts = {};
+  SkipBetas skip_betas = {};
+};
+// Results of all texts, in order; what was skipped over all of them, if anything could be.
+struct EvalResults {
+  std::vector<PerplexityResult> texts;
+  std::optional<SkipCounts> skipping;
+};
+EvalResults Evaluate(Session& session, const Model& model, const std::vector<EvalText>& texts,
+                     const EvalRun& run, const std::string& spill_folder);
 // "0.0042", or "-" where a single window leaves it unknown.
 std::string FormatStandardError(const std::optional<double>& value);
 std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol);

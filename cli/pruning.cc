@@ -48,6 +48,10 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
     }
   }
   session.RequireMemory(plan->memory, "observe");
+  if (!SkippingOf(model, "", false).empty()) {
+    session.Note(
+        "config.json skips experts at run time (betas); observing runs all that are routed");
+  }
   const double rate = MeasureMatMulGigaFlops(session.pool(), options.compute);
   session.Note(fmt::format(
       "observe: {} tokens in {} text(s), level {}; {:.3g} TFLOP, about {} at this machine's {:.0f} "
@@ -156,12 +160,104 @@ double RankCorrelation(const std::vector<double>& a, const std::vector<double>& 
 
 }  // namespace
 
+namespace {
+
+// What a plan says of where it comes from.
+CompressionPlan StartPlan(const StatsInfo& info, const std::string& method,
+                          const std::string& target) {
+  CheckTargetName(target);
+  CompressionPlan plan;
+  plan.method = method;
+  plan.model_type = info.model_type;
+  plan.model_fingerprint = info.model_fingerprint;
+  plan.target = target;
+  for (const StatsSource& source : info.sources) plan.sources.push_back(source.name);
+  plan.calibration_tokens = info.num_tokens();
+  plan.bytes_before = info.model_bytes;
+  plan.bytes_after = info.model_bytes;
+  return plan;
+}
+
+}  // namespace
+
+CompressionPlan MakeSkippingPlan(Session& session, const fs::path& stats, const StatsInfo& info,
+                                 const std::optional<SkipBudget>& budget,
+                                 const std::string& target) {
+  CheckNaeeSkip(info, budget);
+  MemoryPlan memory;
+  memory.Add("program", kProgramBytes);
+  memory.Add("ratios and errors of every token", NaeeSkipBytes(info));
+  session.RequireMemory(memory, "plan");
+  CompressionPlan plan = StartPlan(info, "naee-skip", target);
+  plan.search = budget ? "equal marginal error" : "median";
+  plan.objective = budget ? "squared error relative to the residual stream" : "none";
+  plan.layers = ChooseNaeeSkip(stats, info, budget, session.pool(), session.control());
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    const StatsLayer& layer = info.layers[i];
+    if (layer.as_if_kept.empty()) continue;
+    ComposeWithSurvivors(layer.as_if_kept, layer.model_num_experts, plan.layers[i]);
+    plan.bytes_after -=
+        std::min(plan.bytes_after, plan.layers[i].dropped.size() * layer.expert_bytes);
+  }
+  CheckTarget(plan, target);
+  return plan;
+}
+
+SkipBetas SkippingOf(const Model& model, const std::string& plan_path, bool no_skip) {
+  if (no_skip) return {};
+  const int64_t num_layers = model.config().num_layers();
+  if (!plan_path.empty()) {
+    const CompressionPlan plan = ReadPlan(plan_path);
+    SkipBetas betas = SkipBetasOf(plan, num_layers);
+    // As apply writes it: thresholds of the model hold among the experts it has.
+    const bool prunes =
+        std::any_of(plan.layers.begin(), plan.layers.end(), [&](const LayerPlan& layer) {
+          return static_cast<int64_t>(layer.kept.size()) <
+                 model.config().layers.at(static_cast<size_t>(layer.layer)).num_experts;
+        });
+    if (!betas.empty() || prunes) return betas;
+  }
+  SkipBetas betas;
+  for (const LayerConfig& layer : model.config().layers) betas.push_back(layer.skip_beta);
+  const bool any = std::any_of(betas.begin(), betas.end(), [](double beta) { return beta > 0; });
+  return any ? betas : SkipBetas{};
+}
+
+OrderedJson SkippingJson(const Model& model, const SkipCounts& counts) {
+  int64_t tokens = 0, experts = 0, reduced = 0;
+  double dropped = 0;
+  OrderedJson shares = OrderedJson::array();
+  for (const int32_t layer : model.config().MoeLayers()) {
+    const auto at = static_cast<size_t>(layer);
+    const auto of_layer = static_cast<double>(std::max<int64_t>(1, counts.tokens[at]));
+    tokens += counts.tokens[at];
+    experts += counts.experts[at];
+    reduced += counts.reduced[at];
+    dropped += counts.dropped_weight[at];
+    shares.push_back(static_cast<double>(counts.reduced[at]) / of_layer);
+  }
+  const auto all = static_cast<double>(std::max<int64_t>(1, tokens));
+  return {{"experts_per_token", static_cast<double>(experts) / all},
+          {"skipped_share", static_cast<double>(reduced) / all},
+          {"skipped_share_per_layer", shares},
+          {"dropped_weight", dropped / all}};
+}
+
+std::string DescribeSkipping(const Model& model, const SkipCounts& counts) {
+  const OrderedJson json = SkippingJson(model, counts);
+  return fmt::format(
+      "skipping: {:.3f} of {} experts a token, {:.1f} % of tokens and layers use fewer, {:.2f} % "
+      "of "
+      "the routing weight is dropped",
+      json["experts_per_token"].get<double>(), model.config().num_experts_per_tok,
+      100 * json["skipped_share"].get<double>(), 100 * json["dropped_weight"].get<double>());
+}
+
 CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const StatsInfo& info,
                                 PruningChoice choice, const std::string& target) {
   NaeeOptions& options = choice.naee;
   const ScoreMethod* score = nullptr;
-  CompressionPlan plan;
-  plan.method = choice.method;
+  CompressionPlan plan = StartPlan(info, choice.method, target);
   if (choice.method == "naee") {
     CheckNaee(info, options);
     const SubsetSearch search = ResolveSearch(options, info.layers.front());
@@ -181,14 +277,6 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
     plan.search = "score";
     plan.objective = score->formula;
   }
-  CheckTargetName(target);
-  plan.model_type = info.model_type;
-  plan.model_fingerprint = info.model_fingerprint;
-  plan.target = target;
-  for (const StatsSource& source : info.sources) plan.sources.push_back(source.name);
-  plan.calibration_tokens = info.num_tokens();
-  plan.bytes_before = info.model_bytes;
-  plan.bytes_after = info.model_bytes;
   options.memory_budget_bytes = RequirePlanMemory(session, info, options);
   for (size_t i = 0; i < info.layers.size(); ++i) {
     const StatsLayer& layer = info.layers[i];
@@ -280,10 +368,15 @@ std::string DescribePlan(const CompressionPlan& plan) {
       "{}, {} over {} tokens of {}; weights {} -> {}\n", plan.method, plan.search,
       FormatCount(static_cast<uint64_t>(plan.calibration_tokens)), fmt::join(plan.sources, ", "),
       FormatBytes(plan.bytes_before), FormatBytes(plan.bytes_after));
-  text += "  layer  loss        margin  dropped experts\n";
+  const bool skips = !plan.layers.empty() && plan.layers.front().beta.has_value();
+  text += fmt::format("  layer  loss        margin  {}dropped experts\n", skips ? "beta    " : "");
   for (const LayerPlan& layer : plan.layers) {
-    text += fmt::format("  {:>5}  {:<10.6g}  {:<6.3g}  {}\n", layer.layer, layer.loss.value_or(0),
-                        layer.margin.value_or(0), fmt::join(layer.dropped, " "));
+    text += fmt::format(
+        "  {:>5}  {:<10}  {:<6}  {}{}\n", layer.layer,
+        layer.loss ? fmt::format("{:.6g}", *layer.loss) : "-",
+        layer.margin ? fmt::format("{:.3g}", *layer.margin) : "-",
+        skips ? fmt::format("{:<6.4f}  ", layer.beta.value_or(0)) : "",
+        layer.dropped.empty() ? "none" : fmt::format("{}", fmt::join(layer.dropped, " ")));
   }
   return text;
 }

@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "apply/checkpoint_rewriter.h"  // RewritePlan, ApplyOptions
+#include "forward/expert_skipping.h"    // SkipBetas, SkipCounts
 #include "methods/naee.h"               // NaeeOptions
+#include "methods/naee_skip.h"          // SkipBudget
 #include "observe/observe_run.h"        // ObserveOptions, ObservePlan
 #include "plan/compression_plan.h"      // CompressionPlan
 #include "session.h"                    // Session
@@ -34,6 +36,17 @@ void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& in
                     const NaeeOptions& options);
 // A short table of a plan, for people.
 std::string DescribePlan(const CompressionPlan& plan);
+
+// Thresholds of run-time skipping; published, or by a budget.
+CompressionPlan MakeSkippingPlan(Session& session, const fs::path& stats, const StatsInfo& info,
+                                 const std::optional<SkipBudget>& budget,
+                                 const std::string& target);
+// Which experts are skipped at run time: by the plan if it is given, else as config.json says.
+// `no_skip`: none.
+SkipBetas SkippingOf(const Model& model, const std::string& plan_path, bool no_skip);
+// "1.51 of 2 experts a token, ..." of what was skipped; empty if nothing could be.
+std::string DescribeSkipping(const Model& model, const SkipCounts& counts);
+OrderedJson SkippingJson(const Model& model, const SkipCounts& counts);
 
 // What --plan means to a verb that runs a model: the survivors of each layer (empty without a
 // plan).

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <fstream>
 
 #include "base/json.h"  // ParseJson
 #include "run_program.h"
@@ -149,6 +150,40 @@ TEST(Pipeline, CompressWritesWhatTheStepsWrite) {
   }
   EXPECT_EQ(ListFolder(folder.path()),
             (std::vector<std::string>{"at-once", "stats", "steps", "steps.json"}));
+}
+
+TEST(Pipeline, SkippingIsWrittenHonouredAndSwitchedOff) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  const std::string plan = folder / "skip.json", out = folder / "skips";
+  MustRun({"plan", folder / "stats", "--method", "naee-skip", "--active", "1.5", "-o", plan});
+  MustRun({"apply", SampleModel(), "--plan", plan, "-o", out});
+  const Json config = ParseJson(ReadFolder(out)["config.json"], "config.json");
+  EXPECT_EQ(config["betas"].size(), 4U);
+  EXPECT_GT(config["betas"]["1"].get<double>(), 0);
+  const Arguments measure = {"--text", EvaluationText("prose"), "--tokens", "1024"};
+  const Json written = RunJson(Arguments{"eval", "ppl", out} + measure);
+  EXPECT_NEAR(written["experts_per_token"].get<double>(), 1.5, 0.1);
+  EXPECT_NEAR(written["skipped_share"].get<double>(),
+              2 - written["experts_per_token"].get<double>(), 1e-12);
+  EXPECT_EQ(written["skipped_share_per_layer"].size(), 4U);
+  const Json what_if = RunJson(Arguments{"eval", "ppl", SampleModel(), "--plan", plan} + measure);
+  EXPECT_EQ(written["nll"], what_if["nll"]);
+  const Json off = RunJson(Arguments{"eval", "ppl", out, "--no-skip"} + measure);
+  const Json original = RunJson(Arguments{"eval", "ppl", SampleModel()} + measure);
+  EXPECT_EQ(off["nll"], original["nll"]);
+  EXPECT_EQ(written["without_skipping"][0]["nll"], original["texts"][0]["nll"]);
+  EXPECT_FALSE(off.contains("experts_per_token"));
+  const Json run = RunJson({"run", out, "-p", "The old man", "-n", "8"});
+  EXPECT_LT(run["experts_per_token"].get<double>(), 2);
+  // Pruned further, the thresholds are gone: they were measured among all experts.
+  MustRun({"plan", folder / "stats", "--keep", "6", "-o", folder / "six.json"});
+  Json six = ParseJson(ReadFolder(folder.path())["six.json"], "six.json");
+  six["model"].erase("fingerprint");
+  std::ofstream(folder / "six.json") << six.dump();
+  MustRun({"apply", out, "--plan", folder / "six.json", "-o", folder / "six"});
+  EXPECT_FALSE(
+      ParseJson(ReadFolder(folder / "six")["config.json"], "config.json").contains("betas"));
 }
 
 TEST(Pipeline, HealingRepairsWithoutAChangeOfFormat) {

@@ -12,7 +12,10 @@ namespace {
 class Planner {
  public:
   Planner(const Model& model, const CompressionPlan& plan, const ApplyOptions& options)
-      : model_(model), options_(options), kept_(KeptExperts(plan, model.config().num_layers())) {}
+      : model_(model),
+        options_(options),
+        kept_(KeptExperts(plan, model.config().num_layers())),
+        betas_(SkipBetasOf(plan, model.config().num_layers())) {}
 
   RewritePlan Run() {
     RewritePlan out;
@@ -35,12 +38,12 @@ class Planner {
       out.bytes_after += out.shards[i].bytes;
     }
     WriteIndex(out);
-    WriteConfig(out);
     out.other_files = checkpoint.OtherFiles();
     for (const LayerConfig& layer : model_.config().layers) out.experts_before += layer.num_experts;
     for (const std::vector<int32_t>& kept : kept_) {
       out.experts_after += static_cast<int64_t>(kept.size());
     }
+    WriteConfig(out);
     return out;
   }
 
@@ -140,6 +143,9 @@ class Planner {
     if (experts) {
       config = ConfigWithExperts(config, *model_.config().family, static_cast<int64_t>(*experts));
     }
+    // Thresholds hold among the experts they were measured among.
+    const bool pruned = out.experts_after < out.experts_before;
+    if (!betas_.empty() || pruned) config = ConfigWithBetas(config, betas_);
     if (options_.dtype) {
       const char* name = *options_.dtype == Dtype::kF32    ? "float32"
                          : *options_.dtype == Dtype::kBF16 ? "bfloat16"
@@ -152,6 +158,7 @@ class Planner {
   const Model& model_;
   const ApplyOptions& options_;
   std::vector<std::vector<int32_t>> kept_;
+  std::vector<double> betas_;
 };
 
 }  // namespace

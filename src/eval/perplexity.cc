@@ -125,15 +125,20 @@ PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
   } else {
     states = std::make_unique<HiddenStates>(n, h);
   }
+  std::optional<SkipCounts> skipping;
   {
     LayerReader reader(model, {.prefetch = plan.prefetch, .kept_experts = options.kept_experts});
     LayerSweep sweep(model, windows.inputs, pool, control, "eval", options.compute);
+    if (!options.skip_betas.empty()) sweep.SetSkipping(options.skip_betas);
     sweep.Embed(*states);
     for (int64_t layer = 0; layer < model.config().num_layers(); ++layer) {
       sweep.RunLayer(layer, reader.Get(layer), *states, nullptr);
     }
+    if (!options.skip_betas.empty()) skipping = sweep.skip_counts();
   }
-  return ScoreStates(model, windows, *states, pool, control);
+  PerplexityResult result = ScoreStates(model, windows, *states, pool, control);
+  result.skipping = std::move(skipping);
+  return result;
 }
 
 PerplexityResult ScoreStates(const Model& model, const ScoredWindows& windows, HiddenStates& states,

@@ -9,15 +9,16 @@
 #include <string>
 #include <vector>
 
-#include "base/memory.h"            // MemoryPlan
-#include "base/progress.h"          // JobControl
-#include "base/thread_pool.h"       // ThreadPool
-#include "forward/hidden_states.h"  // HiddenStates
-#include "forward/token_set.h"      // TokenSet
-#include "kernels/matmul.h"         // ComputePrecision
-#include "model/model.h"            // Model
-#include "text/text_source.h"       // TextSource
-#include "tokenizer/tokenizer.h"    // Tokenizer
+#include "base/memory.h"              // MemoryPlan
+#include "base/progress.h"            // JobControl
+#include "base/thread_pool.h"         // ThreadPool
+#include "forward/expert_skipping.h"  // SkipBetas, SkipCounts
+#include "forward/hidden_states.h"    // HiddenStates
+#include "forward/token_set.h"        // TokenSet
+#include "kernels/matmul.h"           // ComputePrecision
+#include "model/model.h"              // Model
+#include "text/text_source.h"         // TextSource
+#include "tokenizer/tokenizer.h"      // Tokenizer
 
 namespace winnow {
 
@@ -62,7 +63,8 @@ struct PerplexityResult {
   std::optional<double> standard_error;  // of nll, over windows; nothing for a single window
   int64_t tokens = 0;
   std::optional<double> bits_per_byte;
-  std::vector<double> window_nll;  // sum per window
+  std::optional<SkipCounts> skipping;  // of all positions, if experts were skipped
+  std::vector<double> window_nll;      // sum per window
   std::vector<int64_t> window_tokens;
 };
 
@@ -71,6 +73,7 @@ struct EvalOptions {
   fs::path spill_folder = {};  // where the stream goes if the budget does not hold it
   std::vector<std::vector<int32_t>> kept_experts = {};
   ComputePrecision compute = ComputePrecision::kF32;  // of the layers; lm_head is always f32
+  SkipBetas skip_betas = {};                          // empty: every expert runs
 };
 
 struct EvalPlan {

@@ -36,6 +36,29 @@ FeedForwardBlock::FeedForwardBlock(const ModelConfig& config, ThreadPool& pool,
                                    ComputePrecision precision)
     : config_(config), pool_(pool), precision_(precision) {}
 
+void FeedForwardBlock::SetSkipping(const SkipBetas& betas) {
+  betas_ = betas;
+  betas_.resize(config_.layers.size());
+  skip_counts_ = {};
+  skip_counts_.tokens.resize(config_.layers.size());
+  skip_counts_.experts.resize(config_.layers.size());
+  skip_counts_.reduced.resize(config_.layers.size());
+  skip_counts_.dropped_weight.resize(config_.layers.size());
+}
+
+void FeedForwardBlock::CountSkipped(int64_t layer, int64_t n) {
+  const auto at = static_cast<size_t>(layer);
+  const int64_t k = config_.num_experts_per_tok;
+  skip_counts_.tokens[at] += n;
+  for (int64_t t = 0; t < n; ++t) {
+    int64_t used = 0;
+    for (int64_t i = 0; i < k; ++i) used += ids_[static_cast<size_t>(t * k + i)] >= 0 ? 1 : 0;
+    skip_counts_.experts[at] += used;
+    skip_counts_.reduced[at] += used < k ? 1 : 0;
+    skip_counts_.dropped_weight[at] += static_cast<double>(dropped_weight_[static_cast<size_t>(t)]);
+  }
+}
+
 int64_t FeedForwardBlock::ChunkTokens(const ModelConfig& config, const LayerConfig& layer,
                                       bool all_experts) {
   if (!all_experts || !layer.is_moe) return kRoutedChunk;
@@ -106,10 +129,14 @@ void FeedForwardBlock::RunChunk(const LayerWeights& weights, const FeedForwardCa
     Grow(routed_, n * h);
     packed_input_.Pack(normed_.data(), n, h, h, pool_);
     MatMul(packed_input_, weights.router, logits_.data(), num_experts, pool_);
+    Grow(dropped_weight_, n);
+    const double beta = betas_.empty() ? 0.0 : betas_[static_cast<size_t>(call.layer)];
     ForRows(pool_, n, [&](int64_t first, int64_t end) {
       SelectExperts(config_, logits_.data() + first * num_experts, end - first, num_experts,
-                    ids_.data() + first * k, weights_.data() + first * k);
+                    ids_.data() + first * k, weights_.data() + first * k, beta,
+                    dropped_weight_.data() + first);
     });
+    if (!betas_.empty()) CountSkipped(call.layer, n);
     const bool all = call.observer != nullptr && call.observer->WantsExpertOutputs();
     const bool selected = call.observer != nullptr && call.observer->WantsSelectedOutputs();
     if (selected && !all) Grow(selected_, n * k * h);
@@ -186,6 +213,7 @@ void FeedForwardBlock::RouteGathered(const LayerWeights& weights, const FeedForw
   }
   for (int64_t t = 0; t < n; ++t) {
     for (int64_t i = 0; i < k; ++i) {
+      if (ids_[static_cast<size_t>(t * k + i)] < 0) continue;  // skipped
       const auto e = static_cast<size_t>(ids_[static_cast<size_t>(t * k + i)]);
       tokens_of_expert_[e].push_back(static_cast<int32_t>(t));
       slots_of_expert_[e].push_back(t * k + i);
@@ -244,6 +272,7 @@ void FeedForwardBlock::RouteAllExperts(const LayerWeights& weights, int64_t n) {
       }
       std::sort(chosen.begin(), chosen.end());
       for (const auto& [e, w] : chosen) {
+        if (e < 0) continue;  // skipped
         AddScaled(routed_.data() + t * h, w, expert_outputs_.data() + t * ld + e * h, h);
       }
     }

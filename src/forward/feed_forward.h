@@ -8,12 +8,13 @@
 #include <cstdint>
 #include <vector>
 
-#include "base/aligned_buffer.h"    // AlignedBuffer
-#include "base/thread_pool.h"       // ThreadPool
-#include "forward/moe_observer.h"   // MoeObserver
-#include "kernels/matmul.h"         // PackedRows
-#include "model/model_config.h"     // ModelConfig
-#include "weights/layer_weights.h"  // LayerWeights
+#include "base/aligned_buffer.h"      // AlignedBuffer
+#include "base/thread_pool.h"         // ThreadPool
+#include "forward/expert_skipping.h"  // SkipBetas, SkipCounts
+#include "forward/moe_observer.h"     // MoeObserver
+#include "kernels/matmul.h"           // PackedRows
+#include "model/model_config.h"       // ModelConfig
+#include "weights/layer_weights.h"    // LayerWeights
 
 namespace winnow {
 
@@ -28,6 +29,10 @@ class FeedForwardBlock {
  public:
   FeedForwardBlock(const ModelConfig& config, ThreadPool& pool,
                    ComputePrecision precision = ComputePrecision::kF32);
+
+  // From now on experts are skipped by these thresholds, and counted.
+  void SetSkipping(const SkipBetas& betas);
+  const SkipCounts& skip_counts() const { return skip_counts_; }
 
   // hidden [n, hidden_size] in place. The layer is a MoE layer iff weights.router is set.
   void Run(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);
@@ -46,6 +51,7 @@ class FeedForwardBlock {
   void RouteGathered(const LayerWeights& weights, const FeedForwardCall& call, int64_t n,
                      bool keep_outputs);
   void RouteAllExperts(const LayerWeights& weights, int64_t n);
+  void CountSkipped(int64_t layer, int64_t n);
   void AddShared(const LayerWeights& weights, const FeedForwardCall& call, int64_t n);
   // The rows that the last SwiGluMlp computed, to an observer that wants them.
   template <class TokenOf, class WeightOf>
@@ -55,8 +61,10 @@ class FeedForwardBlock {
   const ModelConfig& config_;
   ThreadPool& pool_;
   const ComputePrecision precision_;
+  SkipBetas betas_;
+  SkipCounts skip_counts_;
   PackedRows packed_input_, packed_rows_, packed_inner_;
-  AlignedBuffer<float> normed_, logits_, weights_, routed_, output_, shared_gate_;
+  AlignedBuffer<float> normed_, logits_, weights_, dropped_weight_, routed_, output_, shared_gate_;
   AlignedBuffer<float> gate_, up_, rows_, expert_outputs_, selected_;
   AlignedBuffer<int32_t> ids_;
   std::vector<std::vector<int32_t>> tokens_of_expert_;

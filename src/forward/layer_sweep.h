@@ -39,6 +39,9 @@ class LayerSweep {
   void RunAttention(const LayerWeights& weights, const SequenceTile& tile, float* hidden);
   void RunFeedForward(const LayerWeights& weights, const FeedForwardCall& call, int64_t num_tokens,
                       float* hidden);
+  // Experts are skipped by these thresholds from now on.
+  void SetSkipping(const SkipBetas& betas) { feed_forward_.SetSkipping(betas); }
+  const SkipCounts& skip_counts() const { return feed_forward_.skip_counts(); }
   // Progress counts tokens x layers; a caller that runs two streams a layer sets the total itself.
   void SetWork(int64_t done, int64_t total) {
     work_done_ = done;

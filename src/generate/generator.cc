@@ -72,6 +72,7 @@ GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
                              .kept_experts = options.kept_experts});
   AttentionBlock attention(config, pool);
   FeedForwardBlock feed_forward(config, pool);
+  if (!options.skip_betas.empty()) feed_forward.SetSkipping(options.skip_betas);
   KeyValueCache cache(num_layers, config.num_kv_heads, config.head_dim, capacity);
   LoadedMatrix head;
   if (plan.resident) head = LoadRows(model, model.lm_head(), 0, config.vocab_size);
@@ -133,6 +134,7 @@ GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
     advance(std::span(&token, 1));
   }
   result.decode_seconds = Seconds(start);
+  if (!options.skip_betas.empty()) result.skipping = feed_forward.skip_counts();
   return result;
 }
 

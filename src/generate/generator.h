@@ -9,10 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "base/memory.h"       // MemoryPlan
-#include "base/progress.h"     // JobControl
-#include "base/thread_pool.h"  // ThreadPool
-#include "model/model.h"       // Model
+#include "base/memory.h"              // MemoryPlan
+#include "base/progress.h"            // JobControl
+#include "base/thread_pool.h"         // ThreadPool
+#include "forward/expert_skipping.h"  // SkipBetas, SkipCounts
+#include "model/model.h"              // Model
 
 namespace winnow {
 
@@ -31,6 +32,7 @@ struct GenerateOptions {
   bool stop_at_eos = true;
   uint64_t memory_budget_bytes = 0;
   std::vector<std::vector<int32_t>> kept_experts = {};
+  SkipBetas skip_betas = {};  // empty: every expert runs
 };
 
 struct GeneratePlan {
@@ -44,6 +46,7 @@ struct GenerateResult {
   std::vector<int32_t> tokens;  // without the prompt
   double prompt_seconds = 0;
   double decode_seconds = 0;
+  std::optional<SkipCounts> skipping;  // if experts were skipped
 };
 // on_token is called for each new token and stops the generation by returning false.
 GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,

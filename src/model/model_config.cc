@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 
 #include "base/error.h"
@@ -245,6 +246,25 @@ void ReadLayers(const ConfigReader& reader, const Family& family, ModelConfig& o
   }
 }
 
+// NAEE's extension: {"0": 0.51, ...} by decoder layer.
+void ReadBetas(const ConfigReader& reader, ModelConfig& out) {
+  const OrderedJson* betas = reader.Find("betas");
+  if (betas == nullptr || betas->is_null()) return;
+  if (!betas->is_object()) reader.Fail("betas", "an object of layer indices", betas->dump());
+  for (const auto& [key, value] : betas->items()) {
+    int64_t layer = -1;
+    const auto [end, problem] = std::from_chars(key.data(), key.data() + key.size(), layer);
+    if (problem != std::errc() || end != key.data() + key.size() || layer < 0 ||
+        layer >= out.num_layers() || !out.layers[static_cast<size_t>(layer)].is_moe) {
+      reader.Fail("betas", "indices of layers with experts", key);
+    }
+    if (!value.is_number() || !(value.get<double>() >= 0 && value.get<double>() <= 1)) {
+      reader.Fail("betas", "numbers from 0 to 1", value.dump());
+    }
+    out.layers[static_cast<size_t>(layer)].skip_beta = value.get<double>();
+  }
+}
+
 void ReadTokenIds(const ConfigReader& reader, ModelConfig& out) {
   if (const OrderedJson* eos = reader.Find("eos_token_id"); eos != nullptr && eos->is_array()) {
     for (const int64_t id : ReadIndexList(reader, "eos_token_id")) {
@@ -311,11 +331,23 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
       family.normalize_topk == NormalizeTopk::kAlways || reader.Flag("norm_topk_prob", false);
   out.normalize_epsilon = family.normalize_epsilon;
   ReadLayers(reader, family, out);
+  ReadBetas(reader, out);
   out.tie_word_embeddings = reader.Flag("tie_word_embeddings", false);
   out.stored_dtype = reader.Text("dtype");
   if (out.stored_dtype.empty()) out.stored_dtype = reader.Text("torch_dtype");
   ReadTokenIds(reader, out);
   return out;
+}
+
+OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>& betas) {
+  OrderedJson edited = config;
+  edited.erase("betas");
+  OrderedJson map = OrderedJson::object();
+  for (size_t layer = 0; layer < betas.size(); ++layer) {
+    if (betas[layer] > 0) map[std::to_string(layer)] = betas[layer];
+  }
+  if (!map.empty()) edited["betas"] = map;
+  return edited;
 }
 
 OrderedJson ConfigWithExperts(const OrderedJson& config, const Family& family,

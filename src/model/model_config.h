@@ -21,6 +21,7 @@ struct LayerConfig {
   int64_t expert_width = 0;  // I
   int64_t shared_width = 0;  // S, 0 if there is no shared expert
   int64_t dense_width = 0;   // of a layer without experts
+  double skip_beta = 0;      // experts below this share of the best are skipped (`betas`); 0: none
 };
 
 struct RopeConfig {
@@ -65,6 +66,10 @@ struct ModelConfig {
 // `where` is the path of config.json for messages. ModelError for anything missing, mistyped,
 // contradictory or not supported, naming the key, what was expected and what was found.
 ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where);
+
+// The config with the thresholds of run-time skipping as NAEE's program writes them: `betas`, keyed
+// by the decoder layer's index as a string. Without any the key is removed.
+OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>& betas);
 
 // The config of the same model with `num_experts` experts in every MoE layer: the family's key and
 // every alias that is present are edited, everything else is kept in its order.

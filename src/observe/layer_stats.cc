@@ -133,6 +133,7 @@ void LayerStatsReader::ReadTokens(int64_t first_token, int64_t num_tokens,
   out.num_tokens = num_tokens;
   ReadRows("router_logits", first_token, num_tokens, out.router_logits);
   ReadRows("gram", first_token, num_tokens, out.gram);
+  ReadRows("stream_norm_squared", first_token, num_tokens, out.stream_norm_squared);
   if (!has_target_) return;
   ReadRows("target_dot", first_token, num_tokens, out.target_dot);
   ReadRows("target_norm_squared", first_token, num_tokens, out.target_norm_squared);

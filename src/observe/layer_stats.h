@@ -59,6 +59,7 @@ struct TokenRecords {
   std::vector<float> gram;                 // [n, E(E+1)/2]
   std::vector<float> target_dot;           // [n, E], progressive only
   std::vector<float> target_norm_squared;  // [n], progressive only
+  std::vector<float> stream_norm_squared;  // [n], of the residual stream after the layer
 };
 
 // What scores of single experts need, at every level of statistics.

@@ -73,7 +73,8 @@ std::vector<int32_t> ExpertList(const Json& json, const std::string& where, cons
 }
 
 LayerPlan LayerFromJson(const Json& json, const std::string& where) {
-  RefuseUnknownKeys(json, where, {"layer", "num_experts", "kept", "dropped", "loss", "margin"});
+  RefuseUnknownKeys(json, where,
+                    {"layer", "num_experts", "kept", "dropped", "loss", "margin", "beta"});
   if (!json.contains("layer")) Fail(where, "layer", "a decoder layer number");
   if (!json.contains("kept")) Fail(where, "kept", "a list of expert numbers");
   LayerPlan layer;
@@ -84,6 +85,10 @@ LayerPlan LayerFromJson(const Json& json, const std::string& where) {
   layer.dropped = ExpertList(json, where, "dropped");
   layer.loss = NumberOr(json, where, "loss");
   layer.margin = NumberOr(json, where, "margin");
+  layer.beta = NumberOr(json, where, "beta");
+  if (layer.beta && !(*layer.beta >= 0 && *layer.beta <= 1)) {
+    Fail(where, "beta", "a number from 0 to 1");
+  }
   return layer;
 }
 
@@ -117,6 +122,7 @@ OrderedJson PlanToJson(const CompressionPlan& plan) {
                       {"dropped", layer.dropped},
                       {"loss", layer.loss ? OrderedJson(*layer.loss) : OrderedJson()},
                       {"margin", layer.margin ? OrderedJson(*layer.margin) : OrderedJson()}});
+    if (layer.beta) layers.back()["beta"] = *layer.beta;
   }
   return {{"schema", kSchema},
           {"method", plan.method},
@@ -167,6 +173,16 @@ CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
         LayerFromJson(item, fmt::format("{}: layers[{}]", where, plan.layers.size())));
   }
   return plan;
+}
+
+std::vector<double> SkipBetasOf(const CompressionPlan& plan, int64_t num_layers) {
+  std::vector<double> betas;
+  for (const LayerPlan& layer : plan.layers) {
+    if (!layer.beta) continue;
+    betas.resize(static_cast<size_t>(num_layers));
+    betas.at(static_cast<size_t>(layer.layer)) = *layer.beta;
+  }
+  return betas;
 }
 
 CompressionPlan ReadPlan(const fs::path& path) {

@@ -21,6 +21,7 @@ struct LayerPlan {
   std::vector<int32_t> dropped;  // ascending
   std::optional<double> loss;    // of the method's objective
   std::optional<double> margin;  // (second best - best) / best; nothing if there was one candidate
+  std::optional<double> beta = {};  // experts below this share of the best are skipped at run time
 };
 
 // The numbers below `num_experts` that are not among `some` (ascending): dropped from kept and the
@@ -53,6 +54,9 @@ CompressionPlan ReadPlan(const fs::path& path);
 // UsageError if the plan does not fit the model: another model_type or fingerprint, layers that are
 // no MoE layers or missing, ids out of range or out of order, fewer survivors than k.
 void CheckPlan(const CompressionPlan& plan, const Model& model);
+
+// Thresholds of each decoder layer for skipping; empty if the plan has none.
+std::vector<double> SkipBetasOf(const CompressionPlan& plan, int64_t num_layers);
 
 // Survivors of each decoder layer as LayerReader takes them (empty = all).
 std::vector<std::vector<int32_t>> KeptExperts(const CompressionPlan& plan, int64_t num_layers);
