@@ -22,7 +22,7 @@ namespace {
 constexpr const char* kReplacesName = "replaces";
 
 struct CompressFlags {
-  std::string model, output, protocol = "bos-512", target = "transformers";
+  std::string model, output, protocol = "bos-512", target = "transformers", budget = "uniform";
   CalibrationFlags calibration;
   std::vector<std::string> texts;
   ObserveOptions observe;
@@ -123,6 +123,12 @@ int RunCompress(Session& session, CompressFlags& flags) {
     RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   }
   CheckTargetName(flags.target);
+  if (flags.budget == "uneven" && flags.target != "winnow") {
+    throw UsageError(
+        fmt::format("--budget uneven: {} needs the same number of experts in every layer",
+                    flags.target),
+        "add --target winnow if Winnow alone is to run the result");
+  }
   const Model model = Model::Open(flags.model);
   // What could be wrong with the evaluation is found out before hours of observing.
   std::vector<EvalText> texts;
@@ -137,8 +143,13 @@ int RunCompress(Session& session, CompressFlags& flags) {
   const StatsInfo info = Observe(session, flags, model, sources, stats);
   if (session.flags.dry_run) return 0;  // Observe() has said it
   ReportCoverage(session, stats, info);
-  const CompressionPlan plan =
+  CompressionPlan plan =
       MakePruningPlan(session, stats, info, {.naee = {.keep = flags.keep}}, flags.target);
+  if (flags.budget == "uneven") {
+    const CompressionPlan uneven = MakePruningPlan(
+        session, stats, info, {.naee = {.keep = flags.keep}, .uneven = true}, flags.target);
+    plan = BetterPlan(session, model, sources, uneven, plan, work.string());
+  }
   session.Note(DescribePlan(plan));
   ApplyOptions options;
   options.resume = session.flags.resume;
@@ -199,10 +210,10 @@ int RunCompress(Session& session, CompressFlags& flags) {
     return 0;
   }
   session.Print(fmt::format(
-      "{}: {} -> {} ({:.0f} % of the weights), {} of {} experts a layer", flags.output,
+      "{}: {} -> {} ({:.0f} % of the weights), {} of {} experts a layer{}", flags.output,
       FormatBytes(rewrite.bytes_before), FormatBytes(rewrite.bytes_after),
       100.0 * static_cast<double>(rewrite.bytes_after) / static_cast<double>(rewrite.bytes_before),
-      flags.keep, info.layers.front().num_experts));
+      flags.keep, info.layers.front().num_experts, flags.budget == "uneven" ? " on average" : ""));
   session.Print(fmt::format("pruned in {}, peak memory {}", FormatSeconds(pruned_seconds),
                             FormatBytes(PeakResidentBytes())));
   if (!rows.empty()) {
@@ -239,7 +250,10 @@ void AddCompress(CLI::App& app, Session& session) {
                    "Sequences in a batch of the published loss (default 8)")
       ->check(WholeNumberFrom(1));
   verb->add_option("--target", flags->target,
-                   "Loader the result must satisfy: transformers, vllm, llama.cpp");
+                   "Loader the result must satisfy: transformers, vllm, llama.cpp, winnow");
+  verb->add_option("--budget", flags->budget,
+                   "uniform, or uneven: R x layers survivors in all, if held-out text confirms it")
+      ->check(CLI::IsMember({"uniform", "uneven"}));
   verb->add_flag("--no-heal", flags->no_heal,
                  "Leave the survivors as they are (default: refit their down projections)");
   verb->add_flag("--keep-stats", flags->keep_stats, "Leave the statistics in OUT.work");

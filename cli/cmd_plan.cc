@@ -13,8 +13,9 @@ namespace winnow::cli {
 namespace {
 
 struct PlanFlags {
-  std::string stats, output, method = "naee", search = "auto", target = "transformers";
-  int64_t keep = 0;
+  std::string stats, output, method = "naee", search = "auto", target = "transformers",
+                             objective = "unsquared", budget = "uniform";
+  int64_t keep = 0, floor = 0;
   double ratio = 0, active = 0, max_error = 0;
   bool compare = false;
 };
@@ -74,13 +75,25 @@ int RunPlan(Session& session, PlanFlags& flags) {
         "removing {} of {} experts ({:.1f} %): keeping {}", experts - keep, experts,
         100.0 * static_cast<double>(experts - keep) / static_cast<double>(experts), keep));
   }
-  const NaeeOptions options{.keep = keep, .search = ParseSearch(flags.search)};
+  const NaeeOptions options{.keep = keep,
+                            .search = ParseSearch(flags.search),
+                            .objective = ParseNaeeObjective(flags.objective)};
+  const bool uneven = flags.budget == "uneven";
+  if (uneven && (flags.method != "naee" || flags.compare)) {
+    throw UsageError("--budget uneven divides survivors by NAEE's errors: it needs --method naee");
+  }
+  if (flags.floor > 0 && !uneven) throw UsageError("--floor belongs to --budget uneven");
   if (flags.compare) {
     ComparePruning(session, flags.stats, info, options);
     return 0;
   }
-  const CompressionPlan plan =
-      MakePruningPlan(session, flags.stats, info, {flags.method, options}, flags.target);
+  const CompressionPlan plan = MakePruningPlan(
+      session, flags.stats, info, {flags.method, options, uneven, flags.floor}, flags.target);
+  if (uneven) {
+    session.Note(
+        "not confirmed: eval ppl MODEL --plan shows it against a uniform plan on other text "
+        "(compress does so by itself)");
+  }
   return WritePlan(session, flags, plan);
 }
 
@@ -93,6 +106,14 @@ void AddPlan(CLI::App& app, Session& session) {
   verb->add_option("--method", flags->method,
                    "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean, "
                    "reap, man, msan, leave-one-out), or naee-skip: skip experts at run time");
+  verb->add_option(
+      "--objective", flags->objective,
+      "naee: unsquared (as published), squared, relative-to-output, relative-to-stream");
+  verb->add_option("--budget", flags->budget,
+                   "naee: uniform, or uneven: R x layers survivors in all, where they matter most")
+      ->check(CLI::IsMember({"uniform", "uneven"}));
+  verb->add_option("--floor", flags->floor, "Fewest survivors of a layer with --budget uneven")
+      ->check(WholeNumberFrom(1));
   verb->add_option("--active", flags->active,
                    "naee-skip: mean experts a token, spent where it costs least (default: medians)")
       ->check(NumberFromTo(1, 128));
@@ -107,7 +128,7 @@ void AddPlan(CLI::App& app, Session& session) {
   verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
       ->check(NumberFromTo(0.001, 0.999));
   verb->add_option("--target", flags->target,
-                   "Loader the result must satisfy: transformers, vllm, llama.cpp");
+                   "Loader the result must satisfy: transformers, vllm, llama.cpp, winnow");
   verb->add_option("-o,--output", flags->output, "plan.json to write")->transform(OutputPath);
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, false);

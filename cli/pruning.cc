@@ -5,11 +5,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/error.h"
 #include "base/units.h"
+#include "evaluation.h"
+#include "heal/heal_run.h"
 #include "kernels/throughput.h"
+#include "methods/layer_budget.h"
 #include "methods/naee.h"
+#include "methods/naee_search.h"
 #include "methods/score_method.h"
 #include "observe/layer_stats.h"
 #include "plan/loader_target.h"
@@ -162,6 +167,63 @@ double RankCorrelation(const std::vector<double>& a, const std::vector<double>& 
 
 namespace {
 
+// Numbers of the original model, and what is saved.
+void FinishLayer(const StatsLayer& layer, LayerPlan& chosen, CompressionPlan& plan) {
+  if (!layer.as_if_kept.empty()) {
+    ComposeWithSurvivors(layer.as_if_kept, layer.model_num_experts, chosen);
+  }
+  plan.bytes_after -= std::min(plan.bytes_after, chosen.dropped.size() * layer.expert_bytes);
+}
+
+std::vector<LayerPlan> DivideAmongLayers(Session& session, const fs::path& stats,
+                                         const StatsInfo& info, const PruningChoice& choice) {
+  const int64_t k = info.num_experts_per_tok;
+  const int64_t floor = choice.floor > 0 ? choice.floor : k;
+  if (floor < k || floor > choice.naee.keep) {
+    throw UsageError(
+        fmt::format("--floor {}: each token uses {} experts, and {} are kept on average", floor, k,
+                    choice.naee.keep));
+  }
+  std::vector<std::vector<NaeeSet>> curves;
+  std::vector<std::vector<double>> costs;
+  for (size_t i = 0; i < info.layers.size(); ++i) {
+    const StatsLayer& layer = info.layers[i];
+    const LayerStatsReader records(stats, info, layer);
+    curves.push_back(NaeeCurve(records, info, layer, NaeeObjective::kStream, floor,
+                               choice.naee.memory_budget_bytes, session.pool(), session.control()));
+    std::vector<double> cost(static_cast<size_t>(layer.num_experts) + 1,
+                             std::numeric_limits<double>::infinity());
+    cost.back() = 0;
+    for (const NaeeSet& set : curves.back()) cost[set.kept.size()] = set.loss;
+    costs.push_back(cost);
+    session.control().Report(
+        {.stage = "plan",
+         .layer = static_cast<int64_t>(i),
+         .num_layers = static_cast<int64_t>(info.layers.size()),
+         .work_done = info.num_tokens() * static_cast<int64_t>(i + 1),
+         .work_total = info.num_tokens() * static_cast<int64_t>(info.layers.size())});
+  }
+  const std::vector<int64_t> survivors =
+      DivideSurvivors(costs, choice.naee.keep * std::ssize(costs));
+  std::vector<LayerPlan> plans;
+  for (size_t i = 0; i < info.layers.size(); ++i) {
+    LayerPlan plan;
+    plan.layer = info.layers[i].layer;
+    plan.num_experts = info.layers[i].num_experts;
+    plan.loss = 0;
+    if (survivors[i] == plan.num_experts) {
+      plan.kept = OtherExperts({}, plan.num_experts);
+    } else {
+      const NaeeSet& set = curves[i].at(static_cast<size_t>(plan.num_experts - 1 - survivors[i]));
+      plan.kept = set.kept;
+      plan.loss = set.loss / static_cast<double>(info.num_tokens());
+    }
+    plan.dropped = OtherExperts(plan.kept, plan.num_experts);
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
 // What a plan says of where it comes from.
 CompressionPlan StartPlan(const StatsInfo& info, const std::string& method,
                           const std::string& target) {
@@ -261,8 +323,14 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
   if (choice.method == "naee") {
     CheckNaee(info, options);
     const SubsetSearch search = ResolveSearch(options, info.layers.front());
-    plan.search = search == SubsetSearch::kEnumerate ? "enumeration" : "elimination and exchanges";
-    plan.objective = info.progressive_keep ? "progressive" : "unsquared";
+    plan.search = search == SubsetSearch::kEnumerate ? "enumeration" : "elimination+swaps";
+    plan.objective = NaeeObjectiveName(options.objective);
+    if (info.progressive_keep) plan.objective = "progressive " + plan.objective;
+    if (choice.uneven) {
+      options.search = SubsetSearch::kEliminate;  // what memory is planned for
+      plan.search = "elimination+swaps, survivors divided among layers";
+      plan.objective = NaeeObjectiveName(NaeeObjective::kStream);
+    }
   } else {
     score = FindScoreMethod(choice.method);
     if (score == nullptr) {
@@ -278,6 +346,14 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
     plan.objective = score->formula;
   }
   options.memory_budget_bytes = RequirePlanMemory(session, info, options);
+  if (choice.uneven) {
+    plan.layers = DivideAmongLayers(session, stats, info, choice);
+    for (size_t i = 0; i < plan.layers.size(); ++i) {
+      FinishLayer(info.layers[i], plan.layers[i], plan);
+    }
+    CheckTarget(plan, target);
+    return plan;
+  }
   for (size_t i = 0; i < info.layers.size(); ++i) {
     const StatsLayer& layer = info.layers[i];
     const LayerStatsReader records(stats, info, layer);
@@ -291,12 +367,7 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
           session.control()};
       plan.layers.push_back(ChooseByScore(score->score(input), input, options.keep));
     }
-    LayerPlan& chosen = plan.layers.back();
-    if (!layer.as_if_kept.empty()) {
-      ComposeWithSurvivors(layer.as_if_kept, layer.model_num_experts, chosen);
-    }
-    const auto gone = static_cast<uint64_t>(chosen.dropped.size());
-    plan.bytes_after -= std::min(plan.bytes_after, gone * layer.expert_bytes);
+    FinishLayer(layer, plan.layers.back(), plan);
     session.control().Report(
         {.stage = "plan",
          .layer = static_cast<int64_t>(i),
@@ -306,6 +377,24 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
   }
   CheckTarget(plan, target);
   return plan;
+}
+
+CompressionPlan BetterPlan(Session& session, const Model& model,
+                           const std::vector<SourceBlocks>& sources, const CompressionPlan& uneven,
+                           const CompressionPlan& uniform, const std::string& spill_folder) {
+  const std::vector<EvalText> judge = {{"calibration", JudgingSequences(sources)}};
+  const auto measure = [&](const CompressionPlan& plan) {
+    return Evaluate(session, model, judge,
+                    {.kept_experts = KeptExperts(plan, model.config().num_layers())}, spill_folder)
+        .texts.front();
+  };
+  const PerplexityResult a = measure(uniform), b = measure(uneven);
+  const PairedDifference difference = Compare(a, b);
+  session.Note(fmt::format(
+      "nll on {} judging tokens: uniform {:.4f}, uneven {:.4f} ({:+.4f} +- {}); {} is taken",
+      FormatCount(static_cast<uint64_t>(a.tokens)), a.nll, b.nll, difference.nll,
+      FormatStandardError(difference.standard_error), difference.nll < 0 ? "uneven" : "uniform"));
+  return difference.nll < 0 ? uneven : uniform;
 }
 
 void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& info,

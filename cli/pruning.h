@@ -27,10 +27,17 @@ OrderedJson ReportCoverage(Session& session, const fs::path& stats, const StatsI
 struct PruningChoice {
   std::string method = "naee";
   NaeeOptions naee = {};  // keep counts for every method; the budget is set by MakePruningPlan
+  // keep x layers survivors in all, more where they matter more; at least `floor` a layer (0: k).
+  bool uneven = false;
+  int64_t floor = 0;
 };
 // The survivors of every layer.
 CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const StatsInfo& info,
                                 PruningChoice choice, const std::string& target);
+// The better of two plans on the calibration sequences that healing keeps for judging.
+CompressionPlan BetterPlan(Session& session, const Model& model,
+                           const std::vector<SourceBlocks>& sources, const CompressionPlan& uneven,
+                           const CompressionPlan& uniform, const std::string& spill_folder);
 // What every method would drop, beside each other, to stdout.
 void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& info,
                     const NaeeOptions& options);

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""./dev results: what pruning the bundled sample costs, as a table in Markdown.
+"""./dev results [-o FILE] [MODEL...]: what each method costs and what it takes, as Markdown.
 
-Perplexity (protocol bos-512, 8,192 tokens of each held-out text) of the original, of what NAEE keeps layer by layer
-and progressively, and of experts drawn by lot (geometric mean of three draws). Plans are evaluated on the original
-checkpoint as if they were applied; the program's tests show that this is the written model's result.
+Without arguments: the bundled sample on the bundled texts. With --corpus FOLDER (<domain>.txt.xz to calibrate on,
+heldout/<domain>.txt.xz to judge by): the given models on it. For every number of survivors: the perplexity of each
+domain, the mean over domains of the nll increase over the original with its standard error (paired over windows), what
+is left of the published method's increase, the seconds and the peak memory of the step that makes it. Choices are
+evaluated as if they were applied (the program's tests show that this is the written model's result); healed models are
+written. Nothing is chosen on the text that judges.
 """
 import argparse
 import json
 import math
 import os
-import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,72 +22,121 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOMAINS = ("prose", "docs", "code", "math", "other")
 
 
-def text(domain, kind):
-    return os.path.join(ROOT, f"examples/text/{domain}.{kind}.txt.xz")
-
-
-class Winnow:
-    def __init__(self, program, model):
-        self.program, self.model = program, model
+class Measured:
+    def __init__(self, model, args):
+        self.model, self.args = model, args
+        self.published = None
+        if args.corpus:
+            self.calib = [os.path.join(args.corpus, f"{domain}.txt.xz") for domain in DOMAINS]
+            self.texts = [os.path.join(args.corpus, "heldout", f"{domain}.txt.xz") for domain in DOMAINS]
+        else:
+            self.calib = [os.path.join(ROOT, f"examples/text/{domain}.calib.txt.xz") for domain in DOMAINS]
+            self.texts = [os.path.join(ROOT, f"examples/text/{domain}.eval.txt.xz") for domain in DOMAINS]
+        # Models whose tokenizer puts no BOS first are judged without it.
+        first = self.run("tokenize", model, "-p", "a")
+        self.protocol = "bos-512" if len(first["ids_special"]) > len(first["ids"]) else "plain-512"
 
     def run(self, *arguments):
-        done = subprocess.run([self.program, *map(str, arguments), "--json", "-q"], capture_output=True, text=True)
+        command = [self.args.winnow, *map(str, arguments), "--json", "-q"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"winnow {' '.join(map(str, arguments))}\nexit {done.returncode}: {done.stderr[-600:]}")
+            sys.exit(f"{' '.join(command)}\nexit {done.returncode}: {done.stderr[-600:]}")
         return json.loads(done.stdout)
 
-    def perplexities(self, plan=None):
-        result = self.run("eval", "ppl", self.model, *(["--plan", plan] if plan else []), "--tokens", 8192,
-                          "--text", *(text(domain, "eval") for domain in DOMAINS))
-        return [row["perplexity"] for row in result["texts"]]
+    def calibration(self):
+        return ["--calib", *self.calib, "--blocks", self.args.blocks, "--per-document", 1, "--compute", "f32"]
 
+    def row(self, what, seconds, peak_bytes, *how, published=False):
+        """Evaluates `how` (arguments of eval ppl) against the original and prints a line."""
+        result = self.run("eval", "ppl", *how, "--against", self.model, "--protocol", self.protocol, "--compute", "f32",
+                          "--tokens", self.args.tokens, "--text", *self.texts)
+        increases = [text["difference"]["nll"] for text in result["texts"]]
+        errors = [text["difference"]["standard_error"] for text in result["texts"]]
+        mean = sum(increases) / len(increases)
+        if published:
+            self.published = mean
+        share = f"{100 * mean / self.published:.0f} %" if self.published else ""
+        cells = [f"{text['perplexity']:.1f}" for text in result["texts"]]
+        cells += [f"{mean:+.4f} +- {math.sqrt(sum(e * e for e in errors)) / len(errors):.4f}", share,
+                  f"{seconds:.0f}" if seconds else "", f"{peak_bytes / 2**20:.0f}" if peak_bytes else ""]
+        if "experts_per_token" in result:
+            what += f" ({result['experts_per_token']:.2f} a token)"
+        print(f"| {what} | {' | '.join(cells)} |", file=self.args.out, flush=True)
 
-def random_plan(seed, keep, model, path):
-    rng = random.Random(seed)
-    layers = [{"layer": layer, "kept": sorted(rng.sample(range(model["num_experts"]), keep))}
-              for layer in model["moe_layers"]]
-    with open(path, "w", encoding="utf-8") as out:
-        json.dump({"schema": "winnow.plan/1", "model": {"model_type": model["model_type"]}, "layers": layers}, out)
-    return path
+    def timed(self, *arguments):
+        start = time.monotonic()
+        return self.run(*arguments), time.monotonic() - start
 
+    def table(self, keeps):
+        out, model = self.args.out, self.run("inspect", self.model)
+        print(f"\n## {os.path.basename(os.path.normpath(self.model))}\n\n{model['model_type']}, {len(model['moe_layers'])} MoE layers"
+              f" of {model['num_experts']} experts, {model['num_experts_per_tok']} a token, {model['bytes'] / 2**20:.1f} MiB."
+              f" Protocol `{self.protocol}`, {self.args.tokens:,} tokens of each domain.\n", file=out)
+        head = f"| {' | '.join(DOMAINS)} | nll increase | of published | s | peak MiB |"
+        line = "|---|" + "--:|" * (len(DOMAINS) + 4)
+        with tempfile.TemporaryDirectory(dir=self.args.work) as tmp:
+            stats = os.path.join(tmp, "stats")
+            observed, seconds = self.timed("observe", self.model, *self.calibration(), "--stats", "full", "-o", stats)
+            print(f"Observed once, {observed['tokens']:,} tokens, {seconds:.0f} s, {observed['peak_rss_bytes'] / 2**20:.0f} MiB;"
+                  " everything below is planned from that.\n", file=out)
+            for keep in keeps:
+                print(f"Keeping {keep} of {model['num_experts']}:\n\n| method {head}\n{line}", file=out)
+                self.keep(keep, stats, tmp)
+                print(file=out)
+            print(f"Skipping at run time, nothing removed:\n\n| thresholds {head}\n{line}", file=out)
+            self.published = None
+            for name, budget in self.skips(model["num_experts_per_tok"]):
+                plan = os.path.join(tmp, "skip.json")
+                _, seconds = self.timed("plan", stats, "--method", "naee-skip", *budget, "-o", plan, "--force")
+                self.row(name, seconds, 0, self.model, "--plan", plan)
 
-def geometric_mean(values):
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+    @staticmethod
+    def skips(k):
+        yield "medians, as published", []
+        for share in (0.875, 0.75):
+            yield f"--active {k * share:g}", ["--active", k * share]
 
+    def keep(self, keep, stats, tmp):
+        self.published = None
+        plan, out = os.path.join(tmp, "plan.json"), os.path.join(tmp, "out")
 
-def print_row(keep, size, method, values):
-    numbers = " | ".join(f"{value:.1f}" for value in [*values, geometric_mean(values)])
-    print(f"| {keep} | {size / 2**20:.1f} | {method} | {numbers} |", flush=True)
+        def choose(name, *arguments, published=False):
+            _, seconds = self.timed("plan", stats, "--keep", keep, *arguments, "-o", plan, "--force")
+            self.row(name, seconds, 0, self.model, "--plan", plan, published=published)
+
+        def heal(name, *arguments):
+            self.run("plan", stats, "--keep", keep, *arguments, "-o", plan, "--force")
+            healed, seconds = self.timed("apply", self.model, "--plan", plan, "--heal", *self.calibration(), "-o", out)
+            self.row(name, seconds, healed["peak_rss_bytes"], out)
+            shutil.rmtree(out)
+
+        choose("NAEE layer-wise, as published", published=True)
+        for method in self.args.methods:
+            choose(method, "--method", method)
+        choose("NAEE relative to the stream", "--objective", "relative-to-stream")
+        choose("NAEE, uneven budget", "--budget", "uneven", "--target", "winnow")
+        heal("NAEE, healed")
+        heal("NAEE, uneven budget, healed", "--budget", "uneven", "--target", "winnow")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL[:KEEP,...]")
     parser.add_argument("--winnow", default=os.path.join(ROOT, "build/release/winnow"))
-    parser.add_argument("--model", default=os.path.join(ROOT, "examples/sample-mixtral"))
-    parser.add_argument("--keep", type=int, nargs="+", default=[7, 6, 5, 4])
+    parser.add_argument("--corpus", help="folder of texts; without it the bundled ones")
+    parser.add_argument("--blocks", type=int, default=65, help="of 512 tokens, over all domains")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each domain to judge by")
+    parser.add_argument("--methods", nargs="*", default=["frequency", "reap", "weighted-ean", "leave-one-out"])
+    parser.add_argument("--work", help="folder for temporary files")
+    parser.add_argument("-o", "--output", help="file to write; without it standard output")
     args = parser.parse_args()
-    winnow = Winnow(args.winnow, args.model)
-    model = winnow.run("inspect", args.model)
-    calib = ["--calib", *(text(domain, "calib") for domain in DOMAINS)]
-    start = time.monotonic()
-    print(f"| kept | weights MiB | method | {' | '.join(DOMAINS)} | mean |\n|--:|--:|---|" + "--:|" * (len(DOMAINS) + 1))
-    print_row(model["num_experts"], model["bytes"], "original", winnow.perplexities())
-    with tempfile.TemporaryDirectory() as tmp:
-        stats = os.path.join(tmp, "stats")
-        winnow.run("observe", args.model, *calib, "--stats", "full", "-o", stats)
-        for keep in args.keep:
-            plan = os.path.join(tmp, f"naee-{keep}.json")
-            made = winnow.run("plan", stats, "--method", "naee", "--keep", keep, "-o", plan)
-            size = made["predicted"]["bytes_after"]
-            print_row(keep, size, "NAEE", winnow.perplexities(plan))
-            progressive, plan = os.path.join(tmp, f"progressive-{keep}"), os.path.join(tmp, f"progressive-{keep}.json")
-            winnow.run("observe", args.model, *calib, "--progressive", "--keep", keep, "-o", progressive)
-            winnow.run("plan", progressive, "--method", "naee", "--keep", keep, "-o", plan)
-            print_row(keep, size, "NAEE, progressive", winnow.perplexities(plan))
-            draws = [winnow.perplexities(random_plan(seed, keep, model, os.path.join(tmp, f"random-{keep}-{seed}.json")))
-                     for seed in (1, 2, 3)]
-            print_row(keep, size, "by lot", [geometric_mean(column) for column in zip(*draws)])
-    print(f"\n{time.monotonic() - start:.0f} s; calibrated on 65,536 tokens of the same five kinds of text.")
+    with open(args.output, "w", encoding="utf-8") if args.output else sys.stdout as args.out:
+        print("# Results\n\nMade by `./dev results`; what every column means is said there and in [METHODS.md](METHODS.md)."
+              " Perplexities by domain; nll increase: mean over domains, paired standard error; of published: what is left of"
+              " the increase of NAEE's layer-wise choice; s and peak MiB: of planning, or of healing and writing.", file=args.out)
+        for argument in args.models or [os.path.join(ROOT, "examples/sample-mixtral") + ":6,4"]:
+            model, _, keeps = argument.partition(":")
+            Measured(model, args).table([int(keep) for keep in keeps.split(",")])
     return 0
 
 

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <fstream>
+#include <set>
 
 #include "base/json.h"  // ParseJson
 #include "run_program.h"
@@ -150,6 +151,33 @@ TEST(Pipeline, CompressWritesWhatTheStepsWrite) {
   }
   EXPECT_EQ(ListFolder(folder.path()),
             (std::vector<std::string>{"at-once", "stats", "steps", "steps.json"}));
+}
+
+TEST(Pipeline, UnevenBudgetsAreForWinnowAlone) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  const Arguments uneven = {"plan", folder / "stats", "--keep", "5", "--budget", "uneven"};
+  const ProgramResult refused = RunWinnow(uneven + Arguments{"-o", folder / "refused.json"});
+  EXPECT_EQ(refused.exit_code, 2) << refused.err;
+  EXPECT_NE(refused.err.find("--target winnow"), std::string::npos) << refused.err;
+  const Json plan = RunJson(uneven + Arguments{"--target", "winnow", "-o", folder / "uneven.json"});
+  size_t survivors = 0;
+  std::set<size_t> counts;
+  for (const Json& layer : plan["layers"]) {
+    survivors += layer["kept"].size();
+    counts.insert(layer["kept"].size());
+    EXPECT_GE(layer["kept"].size(), 2U);
+  }
+  EXPECT_EQ(survivors, 20U);
+  EXPECT_GT(counts.size(), 1U);
+  MustRun({"apply", SampleModel(), "--plan", folder / "uneven.json", "-o", folder / "uneven"});
+  const Json config = ParseJson(ReadFolder(folder / "uneven")["config.json"], "config.json");
+  EXPECT_EQ(config["num_experts_per_layer"].size(), 4U);
+  const Arguments measure = {"--text", EvaluationText("prose"), "--tokens", "1024"};
+  const Json written = RunJson(Arguments{"eval", "ppl", folder / "uneven"} + measure);
+  const Json what_if =
+      RunJson(Arguments{"eval", "ppl", SampleModel(), "--plan", folder / "uneven.json"} + measure);
+  EXPECT_EQ(written["nll"], what_if["nll"]);
 }
 
 TEST(Pipeline, SkippingIsWrittenHonouredAndSwitchedOff) {

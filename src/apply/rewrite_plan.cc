@@ -15,7 +15,8 @@ class Planner {
       : model_(model),
         options_(options),
         kept_(KeptExperts(plan, model.config().num_layers())),
-        betas_(SkipBetasOf(plan, model.config().num_layers())) {}
+        betas_(SkipBetasOf(plan, model.config().num_layers())),
+        target_(plan.target) {}
 
   RewritePlan Run() {
     RewritePlan out;
@@ -34,7 +35,7 @@ class Planner {
     }
     NameShards(sources, out);
     for (size_t i = 0; i < out.shards.size(); ++i) {
-      LayOut(out.shards[i], sources[i]->metadata());
+      LayOut(out.shards[i], *sources[i]);
       out.bytes_after += out.shards[i].bytes;
     }
     WriteIndex(out);
@@ -103,11 +104,16 @@ class Planner {
     }
   }
 
-  static void LayOut(OutputShard& shard, std::map<std::string, std::string> metadata) {
+  static void LayOut(OutputShard& shard, const SafetensorsFile& source) {
+    std::map<std::string, std::string> metadata = source.metadata();
     metadata.try_emplace("format", "pt");  // some loaders refuse files without it
     std::vector<TensorInfo> infos;
     for (const OutputTensor& tensor : shard.tensors) infos.push_back(tensor.info);
-    shard.header = LayOutSafetensors(infos, metadata);
+    // Data begin behind the header and its length. Small files stay as small as they can be.
+    constexpr uint64_t kLargeBytes = uint64_t{64} << 20;
+    std::optional<uint64_t> like_source;
+    if (source.file().size() >= kLargeBytes) like_source = source.header().size() + 8;
+    shard.header = LayOutSafetensors(infos, metadata, like_source);
     shard.bytes = shard.header.size();
     for (size_t i = 0; i < infos.size(); ++i) {
       shard.tensors[i].info = infos[i];
@@ -131,17 +137,24 @@ class Planner {
 
   void WriteConfig(RewritePlan& out) const {
     OrderedJson config = model_.checkpoint().config();
-    std::optional<size_t> experts;
-    for (const int32_t layer : model_.config().MoeLayers()) {
-      const size_t count = kept_[static_cast<size_t>(layer)].size();
-      if (experts && *experts != count) {
-        throw UsageError("the plan keeps different numbers of experts in different layers",
-                         "config.json has one number for all layers; keep the same in each");
-      }
-      experts = count;
+    std::vector<int64_t> experts(kept_.size());
+    bool uneven = false;
+    const std::vector<int32_t> moe = model_.config().MoeLayers();
+    for (const int32_t layer : moe) {
+      const auto at = static_cast<size_t>(layer);
+      experts[at] = std::ssize(kept_[at]);
+      uneven = uneven || experts[at] != experts[static_cast<size_t>(moe.front())];
     }
-    if (experts) {
-      config = ConfigWithExperts(config, *model_.config().family, static_cast<int64_t>(*experts));
+    if (uneven && target_ != "winnow") {
+      throw UsageError("the plan keeps different numbers of experts in different layers",
+                       "config.json has one number for all layers; keep the same in each, or set "
+                       "the plan's target to winnow alone");
+    }
+    const Family& family = *model_.config().family;
+    if (uneven) {
+      config = ConfigWithExpertsPerLayer(config, family, experts);
+    } else if (!moe.empty()) {
+      config = ConfigWithExperts(config, family, experts[static_cast<size_t>(moe.front())]);
     }
     // Thresholds hold among the experts they were measured among.
     const bool pruned = out.experts_after < out.experts_before;
@@ -159,6 +172,7 @@ class Planner {
   const ApplyOptions& options_;
   std::vector<std::vector<int32_t>> kept_;
   std::vector<double> betas_;
+  std::string target_;
 };
 
 }  // namespace

@@ -207,6 +207,24 @@ TEST(SafetensorsHeader, TwentyThousandTensors) {
 }
 
 // Re-encoding the library's file must give its bytes.
+TEST(LayOutSafetensors, DataCanStartAtTheSamePlaceOfAPage) {
+  for (const uint64_t like : {uint64_t{8}, uint64_t{4096}, uint64_t{123456}, uint64_t{8192 + 16}}) {
+    std::vector<TensorInfo> tensors(1);
+    tensors[0].name = "a";
+    tensors[0].shape = {3};
+    const std::string header = LayOutSafetensors(tensors, {}, like);
+    EXPECT_EQ(tensors[0].file_offset % kPageBytes, like % kPageBytes);
+    EXPECT_EQ(header.size(), tensors[0].file_offset);
+    EXPECT_LT(header.size(), 2 * kPageBytes);
+    uint64_t length = 0;
+    std::memcpy(&length, header.data(), sizeof(length));
+    EXPECT_EQ(length, header.size() - 8);
+  }
+  std::vector<TensorInfo> tensors(1);
+  tensors[0].name = "a";
+  EXPECT_EQ(LayOutSafetensors(tensors, {}, 12345).size() % 8, 0U);  // cannot be matched
+}
+
 TEST(SafetensorsWriter, WritesTheBytesTheLibraryWrites) {
   const std::string stored = ReadTextFile(kData / "library.safetensors");
   const SafetensorsFile file = SafetensorsFile::Open(kData / "library.safetensors");

@@ -47,7 +47,8 @@ void CheckTensors(const std::vector<TensorInfo>& tensors) {
 }  // namespace
 
 std::string LayOutSafetensors(std::vector<TensorInfo>& tensors,
-                              const std::map<std::string, std::string>& metadata) {
+                              const std::map<std::string, std::string>& metadata,
+                              std::optional<uint64_t> like_offset) {
   CheckTensors(tensors);
   std::string header(8, '\0');
   header += '{';
@@ -72,6 +73,9 @@ std::string LayOutSafetensors(std::vector<TensorInfo>& tensors,
   }
   header += '}';
   header.resize((header.size() + 7) / 8 * 8, ' ');
+  if (like_offset && *like_offset % 8 == 0) {
+    header.append((*like_offset + kPageBytes - header.size() % kPageBytes) % kPageBytes, ' ');
+  }
   const uint64_t length = header.size() - 8;
   if (length > kMaxSafetensorsHeaderBytes) {
     throw ModelError(fmt::format("{}: {} bytes for {} tensors, the format's limit is {}", kWriting,

@@ -111,9 +111,10 @@ class Capture : public MoeObserver {
 };
 
 // W + change in W's format.
-AlignedBuffer<std::byte> Changed(const WeightMatrix& w, const AlignedBuffer<float>& change) {
+AlignedBuffer<std::byte> Changed(const WeightMatrix& w, const AlignedBuffer<float>& change,
+                                 ThreadPool& pool) {
   AlignedBuffer<std::byte> result(static_cast<size_t>(w.bytes()));
-  for (int64_t r = 0; r < w.rows; ++r) {
+  pool.Run(w.rows, [&](int64_t r, int) {
     for (int64_t c = 0; c < w.cols; ++c) {
       const auto at = static_cast<size_t>(r * w.cols + c);
       const float value =
@@ -125,7 +126,7 @@ AlignedBuffer<std::byte> Changed(const WeightMatrix& w, const AlignedBuffer<floa
         std::memcpy(result.data() + at * sizeof(bits), &bits, sizeof(bits));
       }
     }
-  }
+  });
   return result;
 }
 
@@ -295,7 +296,7 @@ class Healer {
       const WeightMatrix& down =
           shared ? pruned.shared.down : pruned.experts[static_cast<size_t>(step.expert)].down;
       changed.experts.push_back(shared ? -1 : kept[static_cast<size_t>(step.expert)]);
-      changed.down.push_back(Changed(down, step.change));
+      changed.down.push_back(Changed(down, step.change, pool_));
       step.change = AlignedBuffer<float>();
     }
     WriteHealed(layer, pruned, changed);
@@ -417,6 +418,12 @@ class Healer {
 };
 
 }  // namespace
+
+ScoredWindows JudgingSequences(const std::vector<SourceBlocks>& sources) {
+  HealPlan plan;
+  SplitSequences(sources, plan);
+  return plan.confirm;
+}
 
 HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
                   const HealOptions& options, int num_threads) {

@@ -43,6 +43,9 @@ struct HealPlan {
   uint64_t cache_bytes = 0;     // for Gram matrices
   uint64_t bytes_to_write = 0;  // healed weights
 };
+// The sequences of calibration that only judge, for others who compare models on them. UsageError
+// if there are none.
+ScoredWindows JudgingSequences(const std::vector<SourceBlocks>& sources);
 // ResourceError if no way to hold it fits the budget, UsageError if there are too few sequences.
 HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
                   const HealOptions& options, int num_threads);

@@ -261,23 +261,23 @@ class Refitter {
     const int64_t width = in_.activations.blocks()[part.block].width;
     // The change of this block's change: (sum c R p^T - lambda d dW) (A + lambda d I)^-1.
     std::vector<float> gradient(correlation.size());
-    for (int64_t r = 0; r < h; ++r) {
+    pool_.Run(h, [&](int64_t r, int) {
       for (int64_t c = 0; c < m; ++c) {
         const auto at = static_cast<size_t>(r * m + c);
         const float change = step.change[static_cast<size_t>(r * width + part.first_column + c)];
         gradient[at] = static_cast<float>(correlation[at] - ridge * static_cast<double>(change));
       }
-    }
+    });
     packed_.Pack(gradient.data(), h, m, m, pool_);
     const WeightMatrix inverse_matrix{std::as_bytes(std::span(inverse)).data(), m, m, Dtype::kF32};
     std::vector<float> change(gradient.size());
     MatMul(packed_, inverse_matrix, change.data(), m, pool_);
-    for (int64_t r = 0; r < h; ++r) {
+    pool_.Run(h, [&](int64_t r, int) {
       for (int64_t c = 0; c < m; ++c) {
         step.change[static_cast<size_t>(r * width + part.first_column + c)] +=
             change[static_cast<size_t>(r * m + c)];
       }
-    }
+    });
     // R -= dW p
     const WeightMatrix change_matrix{std::as_bytes(std::span(change)).data(), h, m, Dtype::kF32};
     Grow(product_, kChunkRows * h);

@@ -7,7 +7,7 @@
 
 namespace winnow {
 
-// GFLOP/s of a product of a few milliseconds on all threads of `pool`, bf16 weights.
+// GFLOP/s of products on all threads of `pool`, bf16 weights; takes about a tenth of a second.
 double MeasureMatMulGigaFlops(ThreadPool& pool, ComputePrecision precision);
 
 }  // namespace winnow

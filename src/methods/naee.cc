@@ -38,8 +38,10 @@ std::vector<std::vector<int32_t>> Subsets(int64_t n, int64_t size) {
 // router does.
 class Batch {
  public:
-  Batch(const StatsInfo& info, int64_t num_experts, int64_t num_dropped, bool has_target)
-      : experts_(num_experts),
+  Batch(const StatsInfo& info, NaeeObjective objective, int64_t num_experts, int64_t num_dropped,
+        bool has_target)
+      : objective_(objective),
+        experts_(num_experts),
         k_(info.num_experts_per_tok),
         ranked_(std::min(num_experts, k_ + num_dropped)),
         normalize_(info.norm_topk_prob),
@@ -54,6 +56,7 @@ class Batch {
     order_.resize(n * static_cast<size_t>(ranked_));
     mass_.resize(n * static_cast<size_t>(experts_));
     intact_norm_.resize(n);
+    factor_.resize(n);
     selection_error_.resize(n * selections_.size());
     constexpr size_t kTokens = 256;
     pool.Run(static_cast<int64_t>((n + kTokens - 1) / kTokens), [&](int64_t task, int) {
@@ -62,13 +65,14 @@ class Batch {
     });
   }
 
-  // Sum over the batch's tokens of the squared error with experts `dropped` gone. `gone` flags
-  // them.
+  // Sum over the batch's tokens of the weighted squared error with experts `dropped` gone. `gone`
+  // flags them.
   double SquaredError(const std::vector<int32_t>& dropped, const std::vector<uint8_t>& gone) const {
     double sum = 0;
     for (int64_t t = 0; t < records_->num_tokens; ++t) {
       const auto token = static_cast<size_t>(t);
-      sum += selections_.empty() ? TokenError(token, dropped, gone) : TabledError(token, gone);
+      sum += factor_[token] *
+             (selections_.empty() ? TokenError(token, dropped, gone) : TabledError(token, gone));
     }
     return sum;
   }
@@ -119,7 +123,7 @@ class Batch {
       const std::span mass = std::span(mass_).subspan(t * experts, experts);
       SoftmaxOfLogits(logits, order[0], mass);
       // |z|^2, the whole error of a token whose weights are all scaled by the same factor.
-      if (!has_target_ && !normalize_) {
+      if (!has_target_ && (!normalize_ || objective_ == NaeeObjective::kOutput)) {
         double norm = 0;
         for (int64_t i = 0; i < k_; ++i) {
           for (int64_t j = 0; j < k_; ++j) {
@@ -129,6 +133,15 @@ class Batch {
         }
         intact_norm_[t] = norm;
       }
+      double output =
+          has_target_ ? static_cast<double>(records.target_norm_squared[t]) : intact_norm_[t];
+      if (!has_target_ && normalize_ && objective_ == NaeeObjective::kOutput) {
+        double used = 0;
+        for (int64_t i = 0; i < k_; ++i) used += mass[static_cast<size_t>(Ranked(t, i))];
+        output /= (used + epsilon_) * (used + epsilon_);
+      }
+      factor_[t] =
+          TokenFactor(objective_, output, static_cast<double>(records.stream_norm_squared[t]));
       for (size_t i = 0; i < selections_.size(); ++i) {
         for (size_t j = 0; j < selections_[i].size(); ++j)
           selected[j] = Ranked(t, selections_[i][j]);
@@ -223,6 +236,7 @@ class Batch {
     return std::max(error, 0.0);
   }
 
+  NaeeObjective objective_;
   int64_t experts_, k_, ranked_;
   bool normalize_;
   double epsilon_;
@@ -234,15 +248,17 @@ class Batch {
   std::vector<uint16_t> selection_of_mask_;       // by bit mask of removed ranks
   std::vector<double> selection_error_;           // [n, selections]
   std::vector<double> intact_norm_;               // [n]
+  std::vector<double> factor_;                    // [n]
 };
 
 // The loss of each set of experts to drop, all of one size.
 std::vector<double> SubsetLosses(const LayerStatsReader& records, const StatsInfo& info,
-                                 const StatsLayer& layer,
+                                 const StatsLayer& layer, NaeeObjective objective,
                                  const std::vector<std::vector<int32_t>>& subsets, ThreadPool& pool,
                                  const JobControl& control) {
   std::vector<double> loss(subsets.size());
-  Batch batch(info, layer.num_experts, std::ssize(subsets.front()), records.has_target());
+  Batch batch(info, objective, layer.num_experts, std::ssize(subsets.front()),
+              records.has_target());
   TokenRecords tokens;
   int64_t first = 0;
   for (const int64_t num_tokens : info.BatchTokens()) {
@@ -254,7 +270,7 @@ std::vector<double> SubsetLosses(const LayerStatsReader& records, const StatsInf
       const auto at = static_cast<size_t>(i);
       std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts));
       for (const int32_t e : subsets[at]) gone[static_cast<size_t>(e)] = 1;
-      loss[at] += std::sqrt(batch.SquaredError(subsets[at], gone));
+      loss[at] += BatchLoss(objective, batch.SquaredError(subsets[at], gone));
     });
   }
   return loss;
@@ -357,7 +373,8 @@ void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
 
 double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
                 const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control) {
-  return SubsetLosses(records, info, layer, {OtherExperts(kept, layer.num_experts)}, pool, control)
+  return SubsetLosses(records, info, layer, NaeeObjective::kUnsquared,
+                      {OtherExperts(kept, layer.num_experts)}, pool, control)
       .front();
 }
 
@@ -365,13 +382,14 @@ LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
                      const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,
                      const JobControl& control) {
   if (ResolveSearch(options, layer) == SubsetSearch::kEliminate) {
-    const NaeeSet found =
-        SearchNaee(records, info, layer, options.keep, options.memory_budget_bytes, pool, control);
+    const NaeeSet found = SearchNaee(records, info, layer, options.objective, options.keep,
+                                     options.memory_budget_bytes, pool, control);
     return MakeLayerPlan(layer, found.kept, found.loss, found.next_loss);
   }
   const std::vector<std::vector<int32_t>> subsets =
       Subsets(layer.num_experts, layer.num_experts - options.keep);
-  const std::vector<double> loss = SubsetLosses(records, info, layer, subsets, pool, control);
+  const std::vector<double> loss =
+      SubsetLosses(records, info, layer, options.objective, subsets, pool, control);
   size_t best = 0;
   for (size_t i = 1; i < loss.size(); ++i) {
     if (loss[i] < loss[best]) best = i;

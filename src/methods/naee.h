@@ -16,11 +16,12 @@
 
 #include <cstdint>
 
-#include "base/progress.h"          // JobControl
-#include "base/thread_pool.h"       // ThreadPool
-#include "observe/layer_stats.h"    // LayerStatsReader
-#include "observe/stats_info.h"     // StatsInfo
-#include "plan/compression_plan.h"  // LayerPlan
+#include "base/progress.h"           // JobControl
+#include "base/thread_pool.h"        // ThreadPool
+#include "methods/naee_objective.h"  // NaeeObjective
+#include "observe/layer_stats.h"     // LayerStatsReader
+#include "observe/stats_info.h"      // StatsInfo
+#include "plan/compression_plan.h"   // LayerPlan
 
 namespace winnow {
 
@@ -35,6 +36,7 @@ enum class SubsetSearch {
 struct NaeeOptions {
   int64_t keep = 0;  // survivors a layer
   SubsetSearch search = SubsetSearch::kAuto;
+  NaeeObjective objective = NaeeObjective::kUnsquared;
   uint64_t memory_budget_bytes = 0;
 };
 // The search that kAuto stands for.
@@ -49,7 +51,7 @@ uint64_t BinomialCoefficient(int64_t n, int64_t k);
 // statistics of another keep, enumeration of more than kMaxSubsets.
 void CheckNaee(const StatsInfo& info, const NaeeOptions& options);
 
-// The loss of any set of survivors, e.g. one that another method chose.
+// The published loss of any set of survivors, e.g. one that another method chose.
 double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
                 const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control);
 

@@ -69,8 +69,10 @@ struct TokenView {
 class Searcher {
  public:
   Searcher(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-           uint64_t memory_bytes, ThreadPool& pool, const JobControl& control)
+           NaeeObjective objective, uint64_t memory_bytes, ThreadPool& pool,
+           const JobControl& control)
       : reader_(records),
+        objective_(objective),
         pool_(pool),
         control_(control),
         batch_tokens_(info.BatchTokens()),
@@ -90,6 +92,7 @@ class Searcher {
     mass_.resize(n * e);
     linear_.resize(n * e);
     target_norm_.resize(n);
+    factor_.resize(n);
     left_.resize(n);
     selected_.resize(n * k);
     next_.resize(n);
@@ -102,7 +105,7 @@ class Searcher {
 
   // Drops one expert after the other, down to `keep` survivors.
   void Eliminate(int64_t keep) {
-    for (int64_t survivors = experts_; survivors > keep; --survivors) {
+    for (int64_t survivors = std::ssize(Survivors(true)); survivors > keep; --survivors) {
       const std::vector<double> loss = RemovalLosses();
       int32_t best = -1;  // ties go to the lowest id, the lexicographically first set
       for (int32_t e = 0; e < experts_; ++e) {
@@ -158,7 +161,7 @@ class Searcher {
       for (const int32_t e : survivors) {
         double squared = 0;
         for (size_t i = static_cast<size_t>(e); i < sums.size(); i += experts) squared += sums[i];
-        loss[static_cast<size_t>(e)] += std::sqrt(squared);
+        loss[static_cast<size_t>(e)] += BatchLoss(objective_, squared);
       }
     });
     return loss;
@@ -244,6 +247,9 @@ class Searcher {
       for (const uint16_t e : used) target_norm_[at] += scale * mass[e] * linear[e];
     }
     left_[at] = 1.0;
+    factor_[at] =
+        TokenFactor(objective_, target_norm_[at],
+                    static_cast<double>(batch.stream_norm_squared[static_cast<size_t>(t)]));
     Refresh(view, token);
   }
 
@@ -274,25 +280,24 @@ class Searcher {
     }
   }
 
-  // `left`: the softmax mass of all survivors.
-  double Error(const Form& form, double target_norm, double left) const {
+  // What token `at` adds to the loss with this form. `left`: the softmax mass of all survivors.
+  double Error(size_t at, const Form& form, double left) const {
     const double scale = 1 / (normalize_ ? form.mass + epsilon_ : left);
-    return std::max(0.0, scale * scale * form.quadratic - 2 * scale * form.linear + target_norm);
+    return factor_[at] * std::max(0.0, scale * scale * form.quadratic - 2 * scale * form.linear +
+                                           target_norm_[at]);
   }
 
   void AddRemovalErrors(int64_t token, const std::vector<int32_t>& survivors, double* sums) const {
     const auto at = static_cast<size_t>(token);
-    const double unchanged = normalize_ ? Error(form_[at], target_norm_[at], 1) : 0;
+    const double unchanged = normalize_ ? Error(at, form_[at], 1) : 0;
     for (const int32_t e : survivors) {
-      sums[e] += normalize_ ? unchanged
-                            : Error(form_[at], target_norm_[at], left_[at] - mass_[At(token, e)]);
+      sums[e] += normalize_ ? unchanged : Error(at, form_[at], left_[at] - mass_[At(token, e)]);
     }
     const std::span<const uint16_t> used = Selected(token);
     for (size_t i = 0; i < used.size(); ++i) {
       const double left = left_[at] - mass_[At(token, used[i])];
-      sums[used[i]] +=
-          Error(without_[static_cast<size_t>(token * k_) + i], target_norm_[at], left) -
-          (normalize_ ? unchanged : Error(form_[at], target_norm_[at], left));
+      sums[used[i]] += Error(at, without_[static_cast<size_t>(token * k_) + i], left) -
+                       (normalize_ ? unchanged : Error(at, form_[at], left));
     }
   }
 
@@ -309,7 +314,7 @@ class Searcher {
       for (size_t pair = 0; pair < pairs; ++pair) {
         double squared = 0;
         for (size_t i = pair; i < sums.size(); i += pairs) squared += sums[i];
-        loss[pair] += std::sqrt(squared);
+        loss[pair] += BatchLoss(objective_, squared);
       }
     });
     Exchange best;
@@ -325,7 +330,6 @@ class Searcher {
                          const std::vector<int32_t>& ins, double* sums) const {
     const auto at = static_cast<size_t>(token);
     const std::span<const uint16_t> used = Selected(token);
-    const double target = target_norm_[at];
     // Dropped experts that would be used if they came back: 1 even if no used one leaves, 2 only if
     // one does.
     std::vector<uint8_t> enters(static_cast<size_t>(experts_));
@@ -353,7 +357,7 @@ class Searcher {
     }
     std::vector<double> shared(ins.size());  // with renormalisation the same for all unused experts
     if (normalize_) {
-      for (size_t j = 0; j < ins.size(); ++j) shared[j] = Error(entered[j], target, 1);
+      for (size_t j = 0; j < ins.size(); ++j) shared[j] = Error(at, entered[j], 1);
     }
     for (size_t i = 0; i < outs.size(); ++i, sums += ins.size()) {
       const int32_t out = outs[i];
@@ -372,12 +376,13 @@ class Searcher {
                      ? without_[static_cast<size_t>(token * k_) + slot]
                      : view.With(rest[slot], in, dot[j] - view.mass[out] * view.Gram(in, out));
         }
-        sums[j] += Error(form, target, left + view.mass[in]);
+        sums[j] += Error(at, form, left + view.mass[in]);
       }
     }
   }
 
   const LayerStatsReader& reader_;
+  NaeeObjective objective_;
   ThreadPool& pool_;
   const JobControl& control_;
   std::vector<int64_t> batch_tokens_;
@@ -388,22 +393,35 @@ class Searcher {
   std::vector<TokenRecords> held_;  // one a batch; empty if they do not fit
   TokenRecords scratch_;
   // Of each token:
-  std::vector<uint16_t> order_;             // [T, E]
-  std::vector<double> mass_, linear_;       // [T, E]
-  std::vector<double> target_norm_, left_;  // [T]
-  std::vector<uint16_t> selected_;          // [T, k]
-  std::vector<int32_t> next_;               // the survivor after them, -1: none
-  std::vector<Form> form_;                  // of the selected
-  std::vector<Form> without_;               // [T, k]: one of them gone, the next used
+  std::vector<uint16_t> order_;                      // [T, E]
+  std::vector<double> mass_, linear_;                // [T, E]
+  std::vector<double> target_norm_, left_, factor_;  // [T]
+  std::vector<uint16_t> selected_;                   // [T, k]
+  std::vector<int32_t> next_;                        // the survivor after them, -1: none
+  std::vector<Form> form_;                           // of the selected
+  std::vector<Form> without_;                        // [T, k]: one of them gone, the next used
   double loss_ = 0, next_loss_ = kInfinity;
 };
 
 }  // namespace
 
+std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo& info,
+                               const StatsLayer& layer, NaeeObjective objective, int64_t least,
+                               uint64_t memory_bytes, ThreadPool& pool, const JobControl& control) {
+  Searcher searcher(records, info, layer, objective, memory_bytes, pool, control);
+  std::vector<NaeeSet> curve;
+  for (int64_t keep = layer.num_experts - 1; keep >= least; --keep) {
+    searcher.Eliminate(keep);
+    if (layer.num_experts <= kMostPolished) searcher.Swap();
+    curve.push_back(searcher.Result());
+  }
+  return curve;
+}
+
 NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                   int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
+                   NaeeObjective objective, int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
                    const JobControl& control) {
-  Searcher searcher(records, info, layer, memory_bytes, pool, control);
+  Searcher searcher(records, info, layer, objective, memory_bytes, pool, control);
   searcher.Eliminate(keep);
   searcher.Swap();
   return searcher.Result();
@@ -412,13 +430,14 @@ NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const
 std::vector<double> RemovalLosses(const LayerStatsReader& records, const StatsInfo& info,
                                   const StatsLayer& layer, uint64_t memory_bytes, ThreadPool& pool,
                                   const JobControl& control) {
-  return Searcher(records, info, layer, memory_bytes, pool, control).RemovalLosses();
+  return Searcher(records, info, layer, NaeeObjective::kUnsquared, memory_bytes, pool, control)
+      .RemovalLosses();
 }
 
 uint64_t NaeeSearchBytes(const StatsInfo& info, const StatsLayer& layer) {
   const auto k = static_cast<uint64_t>(info.num_experts_per_tok);
   const auto experts = static_cast<uint64_t>(layer.num_experts);
-  const uint64_t per_token = experts * (2 + 8 + 8) + 8 + 8 + k * 2 + 4 + sizeof(Form) * (1 + k);
+  const uint64_t per_token = experts * (2 + 8 + 8) + 3 * 8 + k * 2 + 4 + sizeof(Form) * (1 + k);
   return per_token * static_cast<uint64_t>(info.num_tokens());
 }
 

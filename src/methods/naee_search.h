@@ -11,10 +11,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "base/progress.h"        // JobControl
-#include "base/thread_pool.h"     // ThreadPool
-#include "observe/layer_stats.h"  // LayerStatsReader
-#include "observe/stats_info.h"   // StatsInfo
+#include "base/progress.h"           // JobControl
+#include "base/thread_pool.h"        // ThreadPool
+#include "methods/naee_objective.h"  // NaeeObjective
+#include "observe/layer_stats.h"     // LayerStatsReader
+#include "observe/stats_info.h"      // StatsInfo
 
 namespace winnow {
 
@@ -25,13 +26,21 @@ struct NaeeSet {
   double next_loss = 0;
 };
 
+// Sets for every number of survivors from all experts but one down to `least`, in that order: each
+// is the one before without the expert that costs least, bettered by exchanges where a layer has at
+// most kMostPolished experts.
+inline constexpr int64_t kMostPolished = 32;
+std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo& info,
+                               const StatsLayer& layer, NaeeObjective objective, int64_t least,
+                               uint64_t memory_bytes, ThreadPool& pool, const JobControl& control);
+
 // The best `keep` survivors that elimination and swaps find. Records stay in memory if they fit
 // into `memory_bytes`, else they are read again for every step.
 NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                   int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
+                   NaeeObjective objective, int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
                    const JobControl& control);
 
-// The loss with each expert alone removed [E].
+// The published loss with each expert alone removed [E].
 std::vector<double> RemovalLosses(const LayerStatsReader& records, const StatsInfo& info,
                                   const StatsLayer& layer, uint64_t memory_bytes, ThreadPool& pool,
                                   const JobControl& control);

@@ -6,6 +6,7 @@
 
 #include <numeric>
 
+#include "methods/naee_search.h"
 #include "observe/test_support.h"
 
 namespace winnow {
@@ -273,6 +274,78 @@ TEST_P(NaeeDefinition, EliminationIsNearTheBest) {
       EXPECT_EQ(again.loss, plan.loss);
       EXPECT_EQ(again.margin, plan.margin);
     }
+  }
+}
+
+// The other objectives, of the sets that both searches choose, against the definition.
+TEST_P(NaeeDefinition, OtherObjectivesWeighTokensAsTheySay) {
+  const ModelConfig& config = model_.config();
+  const ForwardTrace trace =
+      RunForward(model_, tokens_, {.watch = Watch::kExpertOutputs, .logits = false});
+  Observe(model_, sources_, {.level = StatsLevel::kFull, .batch = 1}, stats_);
+  const StatsInfo info = ReadStatsInfo(stats_);
+  ThreadPool pool(1);
+  for (const StatsLayer& layer : info.layers) {
+    const TracedLayer& traced = trace.layers.at(layer.layer);
+    const LayerStatsReader records(stats_, info, layer);
+    TokenRecords all;
+    records.ReadTokens(0, tokens_.num_tokens(), all);
+    const int64_t keep = std::max(config.num_experts_per_tok, layer.num_experts - 2);
+    if (keep == layer.num_experts) continue;
+    for (const NaeeObjective objective :
+         {NaeeObjective::kSquared, NaeeObjective::kOutput, NaeeObjective::kStream}) {
+      SCOPED_TRACE(testing::Message() << layer.layer << " " << NaeeObjectiveName(objective));
+      std::vector<double> losses;
+      for (const SubsetSearch search : {SubsetSearch::kEnumerate, SubsetSearch::kEliminate}) {
+        const LayerPlan plan =
+            ChooseNaee(records, info, layer,
+                       {.keep = keep, .search = search, .objective = objective}, pool, {});
+        double expected = 0;
+        for (int64_t t = 0; t < tokens_.num_tokens(); ++t) {
+          const auto z =
+              RoutedWith(config, traced, layer.num_experts, t, AllExperts(layer.num_experts));
+          const auto cut = RoutedWith(config, traced, layer.num_experts, t, plan.kept);
+          double error = 0, output = 0;
+          for (size_t c = 0; c < z.size(); ++c) {
+            error += (z[c] - cut[c]) * (z[c] - cut[c]);
+            output += z[c] * z[c];
+          }
+          if (objective == NaeeObjective::kOutput) error /= output;
+          if (objective == NaeeObjective::kStream) {
+            error /= static_cast<double>(all.stream_norm_squared[static_cast<size_t>(t)]);
+          }
+          expected += error;
+        }
+        EXPECT_NEAR(*plan.loss, expected, 2 * kLossLimit * expected);
+        losses.push_back(*plan.loss);
+      }
+      EXPECT_GE(losses[1], losses[0] * (1 - 1e-9));
+      EXPECT_LE(losses[1], losses[0] * 1.01);
+    }
+  }
+}
+
+// One curve answers every number of survivors as single searches do, nested or bettered.
+TEST_P(NaeeDefinition, TheCurveHoldsEveryNumberOfSurvivors) {
+  Observe(model_, sources_, {.level = StatsLevel::kFull, .batch = 1}, stats_);
+  const StatsInfo info = ReadStatsInfo(stats_);
+  const StatsLayer& layer = info.layers.front();
+  const LayerStatsReader records(stats_, info, layer);
+  ThreadPool pool(1);
+  const int64_t least = info.num_experts_per_tok;
+  const auto curve = NaeeCurve(records, info, layer, NaeeObjective::kStream, least, 0, pool, {});
+  ASSERT_EQ(std::ssize(curve), layer.num_experts - least);
+  double before = 0;
+  for (size_t i = 0; i < curve.size(); ++i) {
+    const int64_t keep = layer.num_experts - 1 - static_cast<int64_t>(i);
+    ASSERT_EQ(std::ssize(curve[i].kept), keep);
+    EXPECT_GE(curve[i].loss, before);
+    before = curve[i].loss;
+    const LayerPlan single = ChooseNaee(
+        records, info, layer,
+        {.keep = keep, .search = SubsetSearch::kEnumerate, .objective = NaeeObjective::kStream},
+        pool, {});
+    EXPECT_LE(curve[i].loss, 1.01 * *single.loss);
   }
 }
 

@@ -246,6 +246,30 @@ void ReadLayers(const ConfigReader& reader, const Family& family, ModelConfig& o
   }
 }
 
+constexpr const char* kExpertsPerLayer = "num_experts_per_layer";
+
+// Our extension for layers of different sizes: a list over all decoder layers.
+void ReadExpertsPerLayer(const ConfigReader& reader, ModelConfig& out) {
+  const OrderedJson* list = reader.Find(kExpertsPerLayer);
+  if (list == nullptr || list->is_null()) return;
+  if (!list->is_array() || std::ssize(*list) != out.num_layers()) {
+    reader.Fail(kExpertsPerLayer, fmt::format("a list of {} numbers", out.num_layers()),
+                list->is_array() ? fmt::format("{} numbers", list->size()) : list->dump());
+  }
+  for (size_t i = 0; i < list->size(); ++i) {
+    const OrderedJson& count = (*list)[i];
+    LayerConfig& layer = out.layers[i];
+    const int64_t least = layer.is_moe ? out.num_experts_per_tok : 0;
+    if (!count.is_number_integer() || count.get<int64_t>() < least ||
+        count.get<int64_t>() > layer.num_experts) {
+      reader.Fail(kExpertsPerLayer,
+                  fmt::format("{} to {} experts in layer {}", least, layer.num_experts, i),
+                  count.dump());
+    }
+    layer.num_experts = count.get<int64_t>();
+  }
+}
+
 // NAEE's extension: {"0": 0.51, ...} by decoder layer.
 void ReadBetas(const ConfigReader& reader, ModelConfig& out) {
   const OrderedJson* betas = reader.Find("betas");
@@ -331,6 +355,7 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
       family.normalize_topk == NormalizeTopk::kAlways || reader.Flag("norm_topk_prob", false);
   out.normalize_epsilon = family.normalize_epsilon;
   ReadLayers(reader, family, out);
+  ReadExpertsPerLayer(reader, out);
   ReadBetas(reader, out);
   out.tie_word_embeddings = reader.Flag("tie_word_embeddings", false);
   out.stored_dtype = reader.Text("dtype");
@@ -350,9 +375,18 @@ OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>
   return edited;
 }
 
+OrderedJson ConfigWithExpertsPerLayer(const OrderedJson& config, const Family& family,
+                                      const std::vector<int64_t>& num_experts) {
+  OrderedJson edited =
+      ConfigWithExperts(config, family, *std::max_element(num_experts.begin(), num_experts.end()));
+  edited[kExpertsPerLayer] = num_experts;
+  return edited;
+}
+
 OrderedJson ConfigWithExperts(const OrderedJson& config, const Family& family,
                               int64_t num_experts) {
   OrderedJson edited = config;
+  edited.erase(kExpertsPerLayer);
   bool found = false;
   for (const char* key : kExpertCountKeys) {
     const auto it = edited.find(key);

@@ -71,6 +71,11 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
 // by the decoder layer's index as a string. Without any the key is removed.
 OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>& betas);
 
+// The config of a model whose MoE layers have different numbers of experts, one for each decoder
+// layer (0: none): our extension `num_experts_per_layer`, beside the usual key with the most.
+OrderedJson ConfigWithExpertsPerLayer(const OrderedJson& config, const Family& family,
+                                      const std::vector<int64_t>& num_experts);
+
 // The config of the same model with `num_experts` experts in every MoE layer: the family's key and
 // every alias that is present are edited, everything else is kept in its order.
 OrderedJson ConfigWithExperts(const OrderedJson& config, const Family& family, int64_t num_experts);

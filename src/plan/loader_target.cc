@@ -12,15 +12,16 @@ namespace {
 
 struct LoaderTarget {
   std::string_view name;
+  bool uneven;          // different numbers of experts in different layers
   int64_t max_experts;  // 0: no limit known
   std::string_view reason;
 };
 
-// Every one of them takes a single expert count for all layers.
 constexpr std::array kTargets = {
-    LoaderTarget{"transformers", 0, ""},
-    LoaderTarget{"vllm", 0, ""},
-    LoaderTarget{"llama.cpp", 512, "its table of experts has 512 places"},
+    LoaderTarget{"transformers", false, 0, ""},
+    LoaderTarget{"vllm", false, 0, ""},
+    LoaderTarget{"llama.cpp", false, 512, "its table of experts has 512 places"},
+    LoaderTarget{"winnow", true, 0, ""},
 };
 
 const LoaderTarget& FindTarget(const std::string& name) {
@@ -28,7 +29,7 @@ const LoaderTarget& FindTarget(const std::string& name) {
     if (target.name == name) return target;
   }
   throw UsageError(fmt::format("--target: \"{}\" is not known", name),
-                   "use transformers, vllm or llama.cpp");
+                   "use transformers, vllm, llama.cpp or winnow");
 }
 
 }  // namespace
@@ -40,12 +41,13 @@ void CheckTargetName(const std::string& name) {
 void CheckTarget(const CompressionPlan& plan, const std::string& name) {
   const LoaderTarget& target = FindTarget(name);
   for (const LayerPlan& layer : plan.layers) {
-    if (layer.kept.size() != plan.layers.front().kept.size()) {
+    if (!target.uneven && layer.kept.size() != plan.layers.front().kept.size()) {
       throw UsageError(
           fmt::format("{} needs the same number of experts in every layer; the plan has "
                       "{} in layer {} and {} in layer {}",
                       name, plan.layers.front().kept.size(), plan.layers.front().layer,
-                      layer.kept.size(), layer.layer));
+                      layer.kept.size(), layer.layer),
+          "keep the same in each, or plan for --target winnow alone");
     }
     if (target.max_experts > 0 && static_cast<int64_t>(layer.kept.size()) > target.max_experts) {
       throw UsageError(

@@ -8,7 +8,8 @@
 
 namespace winnow {
 
-// Known targets: "transformers" (default), "vllm", "llama.cpp"; all of them load every family here.
+// Known targets: "transformers" (default), "vllm", "llama.cpp", all of which load every family here
+// with one number of experts for all layers; and "winnow", which takes any.
 // UsageError if no such target is known.
 void CheckTargetName(const std::string& name);
 // UsageError if `target` is unknown or could not load what the plan describes.
