@@ -39,9 +39,19 @@ int RunInspect(Session& session, const std::string& folder) {
     if (!layer.experts.empty()) one_expert = layer.ExpertBytes() / layer.experts.size();
   }
   const uint64_t total = model.checkpoint().total_bytes();
-  const int64_t experts = config.UniformExperts().value_or(0), k = config.num_experts_per_tok;
-  const uint64_t active =
-      total - (moe.empty() ? 0 : moe.size() * static_cast<uint64_t>(experts - k) * one_expert);
+  const int64_t k = config.num_experts_per_tok;
+  // Layers may differ (num_experts_per_layer): what can be kept is bounded by the smallest.
+  int64_t experts = 0, most_experts = 0;
+  uint64_t active = total;
+  for (const int32_t layer : moe) {
+    const int64_t count = config.layers[static_cast<size_t>(layer)].num_experts;
+    experts = experts == 0 ? count : std::min(experts, count);
+    most_experts = std::max(most_experts, count);
+    active -= static_cast<uint64_t>(count - k) * one_expert;
+  }
+  const std::string experts_text = experts == most_experts
+                                       ? fmt::format("{}", experts)
+                                       : fmt::format("{} to {}", experts, most_experts);
   const int threads = session.pool().num_threads();
   const uint64_t observe = moe.empty() ? 0 : ObserveBytes(model, 128, threads);
   std::vector<int64_t> exact;  // keeps NAEE can enumerate
@@ -68,7 +78,8 @@ int RunInspect(Session& session, const std::string& folder) {
                        {"active_bytes", active},
                        {"num_layers", config.num_layers()},
                        {"moe_layers", moe},
-                       {"num_experts", experts},
+                       {"num_experts", most_experts},
+                       {"fewest_experts", experts},
                        {"num_experts_per_tok", k},
                        {"norm_topk_prob", config.norm_topk_prob},
                        {"hidden_size", config.hidden_size},
@@ -88,13 +99,13 @@ int RunInspect(Session& session, const std::string& folder) {
       config.num_layers(), moe.size(), config.hidden_size, config.num_heads, config.num_kv_heads,
       config.head_dim, config.vocab_size));
   if (!moe.empty()) {
-    session.Print(fmt::format("  experts     {} a layer, {} per token{}, width {}, {}{}", experts,
-                              k, config.norm_topk_prob ? " (weights renormalised)" : "",
-                              config.layers[static_cast<size_t>(moe.front())].expert_width,
-                              FormatBytes(one_expert) + " each",
-                              config.layers[static_cast<size_t>(moe.front())].shared_width > 0
-                                  ? ", plus a shared expert"
-                                  : ""));
+    session.Print(fmt::format(
+        "  experts     {} a layer, {} per token{}, width {}, {}{}", experts_text, k,
+        config.norm_topk_prob ? " (weights renormalised)" : "",
+        config.layers[static_cast<size_t>(moe.front())].expert_width,
+        FormatBytes(one_expert) + " each",
+        config.layers[static_cast<size_t>(moe.front())].shared_width > 0 ? ", plus a shared expert"
+                                                                         : ""));
   }
   session.Print(fmt::format("  parameters  {}, {} active per token",
                             FormatCount(model.parameter_count()),
@@ -112,7 +123,11 @@ int RunInspect(Session& session, const std::string& folder) {
     session.Print("  sizes       keep   weights   of the original   subsets searched by");
     const int64_t step = std::max<int64_t>(1, experts / 8);
     for (int64_t keep = experts - step; keep >= std::max(k, experts / 4); keep -= step) {
-      const uint64_t left = total - moe.size() * static_cast<uint64_t>(experts - keep) * one_expert;
+      uint64_t left = total;
+      for (const int32_t layer : moe) {
+        const int64_t count = config.layers[static_cast<size_t>(layer)].num_experts;
+        left -= static_cast<uint64_t>(count - keep) * one_expert;
+      }
       const bool enumerates = BinomialCoefficient(experts, keep) <= kMaxSubsets;
       session.Print(fmt::format("              {:>4} {:>9}   {:>3.0f} %             {}", keep,
                                 FormatBytes(left), percent(left),

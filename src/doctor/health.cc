@@ -138,11 +138,15 @@ void CheckModelFolder(const fs::path& path, bool scan_weights, ThreadPool& pool,
   const Model model = Model::Open(path);
   const ModelConfig& config = model.config();
   report.subject = "model";
+  int64_t most_experts = 0;
+  for (const LayerConfig& layer : config.layers) {
+    most_experts = std::max(most_experts, layer.num_experts);
+  }
   report.facts.push_back(fmt::format(
       "{}: {} layers ({} MoE), {} experts, {} per token, {} in {} file(s)",
-      config.family->model_type, config.num_layers(), config.MoeLayers().size(),
-      config.UniformExperts().value_or(0), config.num_experts_per_tok,
-      FormatBytes(model.checkpoint().total_bytes()), model.checkpoint().shards().size()));
+      config.family->model_type, config.num_layers(), config.MoeLayers().size(), most_experts,
+      config.num_experts_per_tok, FormatBytes(model.checkpoint().total_bytes()),
+      model.checkpoint().shards().size()));
   report.findings = model.findings();
   if (fs::exists(path / "tokenizer.json")) {
     CheckTokenizer(path, &model, report);
