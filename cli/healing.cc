@@ -6,7 +6,6 @@
 
 #include "base/units.h"
 #include "evaluation.h"
-#include "kernels/throughput.h"
 
 namespace winnow::cli {
 namespace {

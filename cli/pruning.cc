@@ -163,9 +163,15 @@ double RankCorrelation(const std::vector<double>& a, const std::vector<double>& 
   return xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0.0;
 }
 
-}  // namespace
-
-namespace {
+// `layer` counts the statistics' layers: how far planning is.
+void ReportPlanned(const Session& session, const StatsInfo& info, size_t layer) {
+  const auto num_layers = static_cast<int64_t>(info.layers.size());
+  session.control().Report({.stage = "plan",
+                            .layer = static_cast<int64_t>(layer),
+                            .num_layers = num_layers,
+                            .work_done = info.num_tokens() * static_cast<int64_t>(layer + 1),
+                            .work_total = info.num_tokens() * num_layers});
+}
 
 // Numbers of the original model, and what is saved.
 void FinishLayer(const StatsLayer& layer, LayerPlan& chosen, CompressionPlan& plan) {
@@ -196,12 +202,7 @@ std::vector<LayerPlan> DivideAmongLayers(Session& session, const fs::path& stats
     cost.back() = 0;
     for (const NaeeSet& set : curves.back()) cost[set.kept.size()] = set.loss;
     costs.push_back(cost);
-    session.control().Report(
-        {.stage = "plan",
-         .layer = static_cast<int64_t>(i),
-         .num_layers = static_cast<int64_t>(info.layers.size()),
-         .work_done = info.num_tokens() * static_cast<int64_t>(i + 1),
-         .work_total = info.num_tokens() * static_cast<int64_t>(info.layers.size())});
+    ReportPlanned(session, info, i);
   }
   const std::vector<int64_t> survivors =
       DivideSurvivors(costs, choice.naee.keep * std::ssize(costs));
@@ -368,12 +369,7 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
       plan.layers.push_back(ChooseByScore(score->score(input), input, options.keep));
     }
     FinishLayer(layer, plan.layers.back(), plan);
-    session.control().Report(
-        {.stage = "plan",
-         .layer = static_cast<int64_t>(i),
-         .num_layers = static_cast<int64_t>(info.layers.size()),
-         .work_done = info.num_tokens() * static_cast<int64_t>(i + 1),
-         .work_total = info.num_tokens() * static_cast<int64_t>(info.layers.size())});
+    ReportPlanned(session, info, i);
   }
   CheckTarget(plan, target);
   return plan;

@@ -21,13 +21,7 @@ constexpr uint64_t kAuditBytes = uint64_t{64} << 10;
 // Converts `count` elements; both formats are F32, F16 or BF16.
 void Convert(Dtype from, const std::byte* source, Dtype to, std::byte* target, size_t count) {
   for (size_t i = 0; i < count; ++i) {
-    const float value = LoadAsFloat(from, source, i);
-    if (to == Dtype::kF32) {
-      std::memcpy(target + i * 4, &value, 4);
-    } else {
-      const uint16_t bits = to == Dtype::kBF16 ? Bf16FromFloat(value) : F16FromFloat(value);
-      std::memcpy(target + i * 2, &bits, 2);
-    }
+    StoreFloat(to, LoadAsFloat(from, source, i), target, i);
   }
 }
 

@@ -100,4 +100,13 @@ float LoadAsFloat(Dtype dtype, const std::byte* data, size_t index) {
   return dtype == Dtype::kBF16 ? FloatFromBf16(bits) : FloatFromF16(bits);
 }
 
+void StoreFloat(Dtype dtype, float value, std::byte* data, size_t index) {
+  if (dtype == Dtype::kF32) {
+    std::memcpy(data + index * 4, &value, 4);
+    return;
+  }
+  const uint16_t bits = dtype == Dtype::kBF16 ? Bf16FromFloat(value) : F16FromFloat(value);
+  std::memcpy(data + index * 2, &bits, 2);
+}
+
 }  // namespace winnow

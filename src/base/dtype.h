@@ -57,5 +57,7 @@ uint16_t F16FromFloat(float value);
 
 // One element of a F32/F16/BF16 array, any alignment.
 float LoadAsFloat(Dtype dtype, const std::byte* data, size_t index);
+// The other way, rounded to the nearest.
+void StoreFloat(Dtype dtype, float value, std::byte* data, size_t index);
 
 }  // namespace winnow

@@ -21,14 +21,6 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kScoreRows = 256;  // tokens multiplied with a chunk of lm_head at once
 
-int64_t LargestTile(const TokenSet& tokens) {
-  int64_t largest = 0;
-  for (const SequenceTile& tile : SplitIntoTiles(tokens, kTileTokens)) {
-    largest = std::max(largest, tile.num_tokens);
-  }
-  return largest;
-}
-
 // Negative log-likelihood of each target. lm_head is read once, chunk by chunk; each token carries
 // a running maximum and sum of exponentials in double across chunks.
 std::vector<double> ScoreTokens(const Model& model, const ScoredWindows& windows,

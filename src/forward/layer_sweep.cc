@@ -21,6 +21,14 @@ std::vector<SequenceTile> SplitIntoTiles(const TokenSet& tokens, int64_t tile_to
   return tiles;
 }
 
+int64_t LargestTile(const TokenSet& tokens) {
+  int64_t largest = 0;
+  for (const SequenceTile& tile : SplitIntoTiles(tokens, kTileTokens)) {
+    largest = std::max(largest, tile.num_tokens);
+  }
+  return largest;
+}
+
 LayerSweep::LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,
                        const JobControl& control, std::string stage, ComputePrecision precision)
     : model_(model),
@@ -84,11 +92,8 @@ void LayerSweep::Advance(int64_t layer, int64_t tokens) {
 
 uint64_t LayerSweep::ScratchBytes(const Model& model, const TokenSet& tokens, bool all_experts,
                                   int num_threads) {
-  int64_t largest_tile = 0;
-  for (const SequenceTile& tile : SplitIntoTiles(tokens, kTileTokens)) {
-    largest_tile = std::max(largest_tile, tile.num_tokens);
-  }
-  return AttentionBlock::ScratchBytes(model.config(), largest_tile, tokens.longest(), num_threads) +
+  return AttentionBlock::ScratchBytes(model.config(), LargestTile(tokens), tokens.longest(),
+                                      num_threads) +
          FeedForwardBlock::ScratchBytes(model.config(), all_experts);
 }
 

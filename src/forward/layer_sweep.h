@@ -23,6 +23,9 @@ namespace winnow {
 // models.
 inline constexpr int64_t kTileTokens = 4096;
 
+// Tokens of the largest tile a sweep over `tokens` loads at once.
+int64_t LargestTile(const TokenSet& tokens);
+
 class LayerSweep {
  public:
   LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,

@@ -119,12 +119,7 @@ AlignedBuffer<std::byte> Changed(const WeightMatrix& w, const AlignedBuffer<floa
       const auto at = static_cast<size_t>(r * w.cols + c);
       const float value =
           LoadAsFloat(w.dtype, w.data, static_cast<size_t>(r * w.stride() + c)) + change[at];
-      if (w.dtype == Dtype::kF32) {
-        std::memcpy(result.data() + at * sizeof(float), &value, sizeof(float));
-      } else {
-        const uint16_t bits = w.dtype == Dtype::kBF16 ? Bf16FromFloat(value) : F16FromFloat(value);
-        std::memcpy(result.data() + at * sizeof(bits), &bits, sizeof(bits));
-      }
+      StoreFloat(w.dtype, value, result.data(), at);
     }
   });
   return result;
@@ -173,25 +168,22 @@ class Healer {
   }
 
  private:
-  std::unique_ptr<HiddenStates> MakeStream(const LayerSweep& sweep, const TokenSet& tokens,
-                                           const char* name) const {
+  std::unique_ptr<HiddenStates> MakeStream(const TokenSet& tokens, const char* name) const {
     const int64_t h = model_.config().hidden_size;
     if (!plan_.spill) return std::make_unique<HiddenStates>(tokens.num_tokens(), h);
-    int64_t tile = 0;
-    for (const SequenceTile& each : sweep.tiles()) tile = std::max(tile, each.num_tokens);
     const fs::path path = folder_ / fmt::format("{}.spill", name);
-    auto stream = std::make_unique<HiddenStates>(tokens.num_tokens(), h, tile, path);
+    auto stream = std::make_unique<HiddenStates>(tokens.num_tokens(), h, LargestTile(tokens), path);
     fs::remove(path);  // the open file lives on without a name and vanishes with the process
     return stream;
   }
 
   void MakeStreams() {
-    intact_ = MakeStream(fit_, plan_.fit, "intact");
-    healed_ = MakeStream(fit_, plan_.fit, "healed");
+    intact_ = MakeStream(plan_.fit, "intact");
+    healed_ = MakeStream(plan_.fit, "healed");
     fit_.Embed(*intact_);
     fit_.Embed(*healed_);
     for (auto* stream : {&judge_intact_, &judge_pruned_, &judge_healed_}) {
-      *stream = MakeStream(judge_, plan_.confirm.inputs, "judge");
+      *stream = MakeStream(plan_.confirm.inputs, "judge");
       judge_.Embed(**stream);
     }
   }
@@ -460,10 +452,7 @@ HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
         static_cast<uint64_t>(n) * sizeof(float) *
             static_cast<uint64_t>(config.num_experts_per_tok * c.expert_width + c.shared_width));
   }
-  int64_t tile = 0;
-  for (const SequenceTile& each : SplitIntoTiles(plan.fit, kTileTokens)) {
-    tile = std::max(tile, each.num_tokens);
-  }
+  const int64_t tile = LargestTile(plan.fit);
   const int64_t judged = plan.confirm.inputs.num_tokens();
   for (const auto& [prefetch, spill] :
        {std::pair(true, false), std::pair(false, false), std::pair(false, true)}) {

@@ -204,11 +204,7 @@ class Observer {
   std::unique_ptr<HiddenStates> MakeStream(const char* name) const {
     const int64_t h = model_.config().hidden_size;
     if (!plan_.spill) return std::make_unique<HiddenStates>(tokens_.num_tokens(), h);
-    int64_t tile = 0;
-    for (const SequenceTile& each : SplitIntoTiles(tokens_, kTileTokens)) {
-      tile = std::max(tile, each.num_tokens);
-    }
-    return std::make_unique<HiddenStates>(tokens_.num_tokens(), h, tile,
+    return std::make_unique<HiddenStates>(tokens_.num_tokens(), h, LargestTile(tokens_),
                                           folder_ / fmt::format("{}.spill", name));
   }
   const StatsLayer* FindStats(int64_t layer) const {
@@ -310,10 +306,8 @@ MemoryPlan MakeMemoryPlan(const Model& model, const TokenSet& tokens, const Obse
   const LayerReaderOptions reading{.prefetch = prefetch, .kept_experts = options.kept_experts};
   memory.Add(prefetch ? "weights of two layers" : "weights of one layer",
              LayerReader::LargestLayerBytes(model, reading) * (prefetch ? 2 : 1));
-  int64_t tile = 0, chunk = 0, experts = 0;
-  for (const SequenceTile& each : SplitIntoTiles(tokens, kTileTokens)) {
-    tile = std::max(tile, each.num_tokens);
-  }
+  const int64_t tile = LargestTile(tokens);
+  int64_t chunk = 0, experts = 0;
   for (const LayerConfig& layer : model.config().layers) {
     if (!layer.is_moe) continue;
     chunk = std::max(chunk, FeedForwardBlock::ChunkTokens(model.config(), layer, all));
