@@ -82,6 +82,15 @@ int RunPlan(Session& session, PlanFlags& flags) {
   if (uneven && (flags.method != "naee" || flags.compare)) {
     throw UsageError("--budget uneven divides survivors by NAEE's errors: it needs --method naee");
   }
+  if (uneven && (flags.objective != "unsquared" || flags.search != "auto")) {
+    throw UsageError("--budget uneven takes neither --objective nor --search",
+                     "it compares layers by the error relative to the stream, by elimination");
+  }
+  if (flags.method != "naee" && (flags.objective != "unsquared" || flags.search != "auto")) {
+    throw UsageError(
+        fmt::format("--method {} takes neither --objective nor --search", flags.method),
+        "both belong to --method naee");
+  }
   if (flags.floor > 0 && !uneven) throw UsageError("--floor belongs to --budget uneven");
   if (flags.compare) {
     ComparePruning(session, flags.stats, info, options);

@@ -91,10 +91,9 @@ Healing Heal(Session& session, const Model& model, const CompressionPlan& plan,
   healing.json["kept"] = result.improves();
   if (result.improves()) {
     healing.weights = FindHealed(model, folder);
-    healing.card =
-        fmt::format("Healed: {} down projections refitted by ridge regression on {} tokens; {}.\n",
-                    healing.weights.size(),
-                    FormatCount(static_cast<uint64_t>(heal.fit.num_tokens())), healing.card);
+    healing.card = fmt::format(
+        "Healed: {} down projections refitted by ridge regression on {} tokens; {}.\n",
+        healing.weights.size(), FormatCount(static_cast<uint64_t>(heal.fit.num_tokens())), summary);
   } else {
     session.Note("healing did not help here: the experts keep their weights");
     healing.card = fmt::format("Healing was tried and not kept: {}.\n", summary);

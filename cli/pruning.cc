@@ -57,6 +57,8 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
     session.Note(
         "config.json skips experts at run time (betas); observing runs all that are routed");
   }
+  if (session.flags.quiet)
+    return *plan;  // nobody reads the estimate, which takes a tenth of a second
   const double rate = MeasureMatMulGigaFlops(session.pool(), options.compute);
   session.Note(fmt::format(
       "observe: {} tokens in {} text(s), level {}; {:.3g} TFLOP, about {} at this machine's {:.0f} "
@@ -184,6 +186,10 @@ void FinishLayer(const StatsLayer& layer, LayerPlan& chosen, CompressionPlan& pl
 std::vector<LayerPlan> DivideAmongLayers(Session& session, const fs::path& stats,
                                          const StatsInfo& info, const PruningChoice& choice) {
   const int64_t k = info.num_experts_per_tok;
+  if (info.progressive_keep) {
+    throw UsageError("progressive statistics chose the same number of survivors in every layer",
+                     "an uneven budget needs statistics gathered without --progressive");
+  }
   const int64_t floor = choice.floor > 0 ? choice.floor : k;
   if (floor < k || floor > choice.naee.keep) {
     throw UsageError(

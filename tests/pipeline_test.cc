@@ -232,6 +232,8 @@ TEST(Pipeline, HealingRepairsWithoutAChangeOfFormat) {
   EXPECT_EQ(before["model.safetensors"].size(), after["model.safetensors"].size());
   EXPECT_NE(before["model.safetensors"], after["model.safetensors"]);
   EXPECT_NE(after["WINNOW.md"].find("down projections refitted"), std::string::npos);
+  EXPECT_NE(after["WINNOW.md"].find("calibration tokens no fit has seen: intact "),
+            std::string::npos);
   before.erase("model.safetensors");
   after.erase("model.safetensors");
   before.erase("WINNOW.md");
