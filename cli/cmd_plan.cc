@@ -46,7 +46,8 @@ int PlanSkipping(Session& session, const PlanFlags& flags) {
                      "to do both, observe with --plan PRUNING and plan skipping from that");
   }
   if (flags.active > 0 && flags.max_error > 0) {
-    throw UsageError("give either --active or --max-error");
+    throw UsageError("give either --active or --max-error",
+                     "both are budgets for skipping; without one the medians are taken");
   }
   if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   std::optional<SkipBudget> budget;
@@ -60,7 +61,8 @@ int PlanSkipping(Session& session, const PlanFlags& flags) {
 int RunPlan(Session& session, PlanFlags& flags) {
   if (flags.method == "naee-skip") return PlanSkipping(session, flags);
   if (flags.active > 0 || flags.max_error > 0) {
-    throw UsageError("--active and --max-error belong to --method naee-skip");
+    throw UsageError("--active and --max-error belong to --method naee-skip",
+                     "they skip experts at run time; --keep or --ratio remove them");
   }
   if ((flags.keep > 0) == (flags.ratio > 0)) {
     throw UsageError("give either --keep R (experts kept) or --ratio X (share removed)");
@@ -80,7 +82,8 @@ int RunPlan(Session& session, PlanFlags& flags) {
                             .objective = ParseNaeeObjective(flags.objective)};
   const bool uneven = flags.budget == "uneven";
   if (uneven && (flags.method != "naee" || flags.compare)) {
-    throw UsageError("--budget uneven divides survivors by NAEE's errors: it needs --method naee");
+    throw UsageError("--budget uneven divides survivors by NAEE's errors: it needs --method naee",
+                     "leave out --method and --compare");
   }
   if (uneven && (flags.objective != "unsquared" || flags.search != "auto")) {
     throw UsageError("--budget uneven takes neither --objective nor --search",
@@ -91,7 +94,10 @@ int RunPlan(Session& session, PlanFlags& flags) {
         fmt::format("--method {} takes neither --objective nor --search", flags.method),
         "both belong to --method naee");
   }
-  if (flags.floor > 0 && !uneven) throw UsageError("--floor belongs to --budget uneven");
+  if (flags.floor > 0 && !uneven) {
+    throw UsageError("--floor belongs to --budget uneven",
+                     "leave it out: --keep is the number in every layer");
+  }
   if (flags.compare) {
     ComparePruning(session, flags.stats, info, options);
     return 0;

@@ -194,7 +194,8 @@ std::vector<LayerPlan> DivideAmongLayers(Session& session, const fs::path& stats
   if (floor < k || floor > choice.naee.keep) {
     throw UsageError(
         fmt::format("--floor {}: each token uses {} experts, and {} are kept on average", floor, k,
-                    choice.naee.keep));
+                    choice.naee.keep),
+        "give a number from the first to the second, or leave it out");
   }
   std::vector<std::vector<NaeeSet>> curves;
   std::vector<std::vector<double>> costs;

@@ -175,7 +175,8 @@ void AddSteps(const std::vector<Rank>& ranks, size_t layer, std::vector<Step>& s
 void CheckNaeeSkip(const StatsInfo& info, const std::optional<SkipBudget>& budget) {
   const auto k = static_cast<double>(info.num_experts_per_tok);
   if (info.num_experts_per_tok < 2) {
-    throw UsageError("each token uses one expert, so none can be skipped");
+    throw UsageError("each token uses one expert, so none can be skipped",
+                     "remove experts instead: --method naee --keep R");
   }
   if (info.num_tokens() < 1) throw UsageError("the statistics have no tokens");
   if (!budget) return;
@@ -188,7 +189,8 @@ void CheckNaeeSkip(const StatsInfo& info, const std::optional<SkipBudget>& budge
   }
   if (budget->active_experts && !(*budget->active_experts >= 1 && *budget->active_experts <= k)) {
     throw UsageError(fmt::format("--active {}: a token runs 1 to {} experts",
-                                 *budget->active_experts, info.num_experts_per_tok));
+                                 *budget->active_experts, info.num_experts_per_tok),
+                     "give a mean between them, e.g. three quarters of the most");
   }
 }
 
