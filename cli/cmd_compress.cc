@@ -1,6 +1,10 @@
 // winnow compress: observe, plan, apply and evaluate in one command.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
 #include "apply/checkpoint_rewriter.h"
 #include "apply/model_card.h"
 #include "base/error.h"
@@ -12,6 +16,7 @@
 #include "methods/naee.h"
 #include "observe/layer_stats.h"
 #include "plan/loader_target.h"
+#include "planning.h"
 #include "pruning.h"
 #include "session.h"
 
@@ -22,12 +27,69 @@ namespace {
 constexpr const char* kReplacesName = "replaces";
 
 struct CompressFlags {
-  std::string model, output, protocol = "bos-512", target = "transformers", budget = "uniform";
+  std::string model, output, protocol = "bos-512", target = "transformers", budget = "uniform",
+                             size, max_increase;
   CalibrationFlags calibration;
   std::vector<std::string> texts;
   ObserveOptions observe;
   int64_t keep = 0, max_tokens = 8192;
+  double active = 0;
   bool progressive = false, keep_stats = false, no_heal = false;
+
+  // What decides how much goes.
+  bool searches() const { return keep == 0 && size.empty() && active == 0; }
+  bool prunes() const { return keep > 0 || !size.empty() || searches(); }
+};
+
+// "5%" -> 0.05
+double ParseIncrease(const std::string& text) {
+  size_t used = 0;
+  double percent = -1;
+  try {
+    percent = std::stod(text, &used);
+  } catch (const std::exception&) {
+    used = 0;
+  }
+  if (used == 0 || text.substr(used) != "%" || !(percent >= 0) || percent > 1e6) {
+    throw UsageError(fmt::format("--max-ppl-increase: \"{}\" is not a percentage", text),
+                     "e.g. --max-ppl-increase 5%");
+  }
+  return percent / 100;
+}
+
+void CheckFlags(const CompressFlags& flags) {
+  if (flags.keep > 0 && !flags.size.empty()) {
+    throw UsageError("give either --keep or --size", "--size finds the number of survivors");
+  }
+  if (flags.keep == 0 && flags.size.empty() && flags.active == 0 && flags.max_increase.empty()) {
+    throw UsageError("nothing says how much is to go",
+                     "give --keep R, --size 9G, --max-ppl-increase 5% or --active X");
+  }
+  if (flags.progressive && flags.keep == 0) {
+    throw UsageError("--progressive chooses while it observes: it needs --keep R",
+                     "add --keep, or leave --progressive out");
+  }
+  if (flags.progressive && flags.active > 0) {
+    throw UsageError("--active is planned from a second pass, which --progressive has no place for",
+                     "leave one of them out");
+  }
+  if (!flags.max_increase.empty()) ParseIncrease(flags.max_increase);
+  if (!flags.size.empty()) ParseBytes(flags.size, "--size");
+  CheckTargetName(flags.target);
+  if (flags.budget == "uneven" && flags.target != "winnow") {
+    throw UsageError(
+        fmt::format("--budget uneven: {} needs the same number of experts in every layer",
+                    flags.target),
+        "add --target winnow if Winnow alone is to run the result");
+  }
+}
+
+// A plan with its healed weights, and the perplexity on the judging sequences over the original's.
+struct Candidate {
+  int64_t keep = 0;
+  CompressionPlan plan;
+  Healing healing;
+  std::optional<double> increase = {};
 };
 
 // What an interrupted or --keep-stats run leaves: nothing but these.
@@ -35,7 +97,7 @@ bool IsWorkFolder(const fs::path& work) {
   if (!fs::is_directory(work)) return false;
   for (const fs::directory_entry& entry : fs::directory_iterator(work)) {
     const std::string name = entry.path().filename().string();
-    if (name != "stats" && name != "stats.partial" && name != "healed" && name != kReplacesName &&
+    if (!name.starts_with("stats") && !name.starts_with("healed") && name != kReplacesName &&
         !name.ends_with(".spill")) {
       return false;
     }
@@ -78,10 +140,16 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
     };
   }
   const ObservePlan plan = PrepareObserve(session, model, sources, options, stats.string());
-  CheckNaee(plan.info, {.keep = flags.keep});
+  int64_t most = 0;
+  for (const StatsLayer& layer : plan.info.layers) most = std::max(most, layer.num_experts);
+  if (flags.keep > 0) CheckNaee(plan.info, {.keep = flags.keep});
   // What does not fit is found out now, not after hours of observing: any choice of R holds the
   // same.
-  if (!flags.no_heal) flags.no_heal = !CanHeal(session, model, sources, plan.info, flags.keep);
+  if (!flags.prunes()) flags.no_heal = true;
+  if (!flags.no_heal) {
+    flags.no_heal =
+        !CanHeal(session, model, sources, plan.info, flags.keep > 0 ? flags.keep : most - 1);
+  }
   if (session.flags.dry_run) {
     session.PrintDryRun("compress", DescribeObserve(plan));
     return plan.info;
@@ -102,7 +170,197 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
   return plan.info;
 }
 
-int RunCompress(Session& session, CompressFlags& flags) {
+// The survivors of each layer for one number of them, healed unless --no-heal.
+class Chooser {
+ public:
+  Chooser(Session& session, const CompressFlags& flags, const Model& model,
+          const std::vector<SourceBlocks>& sources, const StatsInfo& info, const fs::path& work)
+      : session_(session),
+        flags_(flags),
+        model_(model),
+        sources_(sources),
+        info_(info),
+        work_(work) {
+    super_experts_ = NameSuperExperts(session, work / "stats", info);
+  }
+
+  int64_t least() const { return info_.num_experts_per_tok; }
+  int64_t most() const {
+    int64_t least_experts = INT64_MAX;
+    for (const StatsLayer& layer : info_.layers) {
+      least_experts = std::min(least_experts, layer.num_experts);
+    }
+    return least_experts - 1;
+  }
+
+  Candidate Keep(int64_t keep) {
+    Candidate candidate{.keep = keep, .plan = Plan(keep), .healing = {}};
+    session_.Note(DescribePlan(candidate.plan));
+    if (flags_.active > 0) AddSkipping(candidate.plan);
+    if (!flags_.no_heal) {
+      candidate.healing =
+          Heal(session_, model_, candidate.plan,
+               PrepareHeal(session_, model_, candidate.plan, sources_), HealedFolder(keep));
+      const HealResult& result = candidate.healing.result;
+      const double nll = result.improves() ? result.healed.nll : result.pruned.nll;
+      candidate.increase = std::exp(nll - result.intact.nll) - 1;
+    } else if (!flags_.max_increase.empty()) {
+      candidate.increase = Increase(candidate.plan);
+    }
+    return candidate;
+  }
+
+  // Nothing removed, but skipped at run time.
+  Candidate SkipOnly() {
+    Candidate candidate;
+    candidate.keep = most() + 1;
+    candidate.plan = MakeSkippingPlan(session_, work_ / "stats", info_,
+                                      SkipBudget{.active_experts = flags_.active, .max_error = {}},
+                                      flags_.target);
+    session_.Note(DescribePlan(candidate.plan));
+    if (!flags_.max_increase.empty()) candidate.increase = Increase(candidate.plan);
+    return candidate;
+  }
+
+  // The most survivors whose checkpoint is at most `bytes`.
+  int64_t LargestWithin(uint64_t bytes) const {
+    uint64_t smallest = 0;
+    for (int64_t keep = most(); keep >= least(); --keep) {
+      CompressionPlan plan;
+      for (const StatsLayer& layer : info_.layers) {
+        LayerPlan first;
+        first.layer = layer.layer;
+        for (int32_t e = 0; e < keep; ++e) first.kept.push_back(e);
+        plan.layers.push_back(first);
+      }
+      smallest = PlanRewrite(model_, plan, {}).bytes_after;
+      if (smallest <= bytes) return keep;
+    }
+    throw QualityError(
+        fmt::format(
+            "--size {}: the weights still take {} with {} experts a layer, the fewest a token "
+            "uses",
+            flags_.size, FormatBytes(smallest), least()),
+        "give a larger size");
+  }
+
+  // The fewest survivors that pass, by bisection: more survivors are taken to lose less.
+  Candidate SmallestPassing(double limit) {
+    const auto passes = [&](const Candidate& candidate) {
+      const bool passed = *candidate.increase <= limit;
+      session_.Note(fmt::format(
+          "keeping {}: perplexity {:+.2f} % on the judging sequences, {} the limit of {:.2f} %",
+          candidate.keep, 100 * *candidate.increase, passed ? "within" : "above", 100 * limit));
+      return passed;
+    };
+    Candidate best = Keep(most());
+    if (!passes(best)) {
+      throw QualityError(
+          fmt::format(
+              "perplexity rises by {:.2f} % with one expert a layer gone, more than {:.2f} %",
+              100 * *best.increase, 100 * limit),
+          "allow more, give more calibration text, or try --budget uneven --target winnow");
+    }
+    int64_t fails = least() - 1;
+    while (best.keep - fails > 1) {
+      const int64_t keep = (best.keep + fails) / 2;
+      Candidate candidate = Keep(keep);
+      const bool passed = passes(candidate);
+      const int64_t worse = passed ? best.keep : keep;
+      if (passed) {
+        best = std::move(candidate);
+      } else {
+        fails = keep;
+        candidate = {};
+      }
+      fs::remove_all(HealedFolder(worse));
+    }
+    return best;
+  }
+
+  // Of a plan's skipping and pruning, unhealed, over the original.
+  double Increase(const CompressionPlan& plan) {
+    const int64_t num_layers = model_.config().num_layers();
+    return std::exp(Judge(model_, {.kept_experts = KeptExperts(plan, num_layers),
+                                   .skip_betas = SkipBetasOf(plan, num_layers)}) -
+                    IntactNll()) -
+           1;
+  }
+  // Of a written checkpoint.
+  double IncreaseOf(const Model& smaller) {
+    return std::exp(Judge(smaller, {.skip_betas = SkippingOf(smaller, "", false)}) - IntactNll()) -
+           1;
+  }
+
+ private:
+  fs::path HealedFolder(int64_t keep) const {
+    return work_ / (flags_.searches() ? fmt::format("healed-{}", keep) : "healed");
+  }
+  CompressionPlan Plan(int64_t keep) {
+    PruningChoice choice;
+    choice.naee.keep = keep;
+    choice.super_experts = super_experts_;
+    const fs::path stats = work_ / "stats";
+    const CompressionPlan uniform = MakePruningPlan(session_, stats, info_, choice, flags_.target);
+    if (flags_.budget != "uneven") return uniform;
+    choice.uneven = true;
+    const CompressionPlan uneven = MakePruningPlan(session_, stats, info_, choice, flags_.target);
+    return BetterPlan(session_, model_, sources_, uneven, uniform, work_.string());
+  }
+  // Thresholds re-measured on the pruned model (arXiv 2402.14800, section 3.3), not yet healed.
+  void AddSkipping(CompressionPlan& plan) {
+    const fs::path stats = work_ / fmt::format("stats-of-{}", plan.layers.front().kept.size());
+    ObserveOptions options = flags_.observe;
+    options.level = StatsLevel::kFull;
+    options.kept_experts = KeptExperts(plan, model_.config().num_layers());
+    const ObservePlan observe = PrepareObserve(session_, model_, sources_, options, stats.string());
+    if (!session_.flags.resume || !fs::exists(stats / "stats.json")) {
+      RunObserve(model_, sources_, options, observe, stats, session_.pool(), session_.control());
+    }
+    const CompressionPlan skipping = MakeSkippingPlan(
+        session_, stats, observe.info, SkipBudget{.active_experts = flags_.active, .max_error = {}},
+        flags_.target);
+    for (size_t i = 0; i < plan.layers.size(); ++i) plan.layers[i].beta = skipping.layers[i].beta;
+    plan.method += "+" + skipping.method;
+    fs::remove_all(stats);
+  }
+  double Judge(const Model& model, const EvalRun& run) {
+    const std::vector<EvalText> judge = {{"calibration", JudgingSequences(sources_)}};
+    return Evaluate(session_, model, judge, run, work_.string()).texts.front().nll;
+  }
+  double IntactNll() {
+    if (!intact_nll_) intact_nll_ = Judge(model_, {.skip_betas = SkippingOf(model_, "", false)});
+    return *intact_nll_;
+  }
+
+  Session& session_;
+  const CompressFlags& flags_;
+  const Model& model_;
+  const std::vector<SourceBlocks>& sources_;
+  const StatsInfo& info_;
+  fs::path work_;
+  std::vector<SuperExpert> super_experts_;
+  std::optional<double> intact_nll_;
+};
+
+Candidate Choose(Chooser& chooser, const CompressFlags& flags) {
+  if (!flags.prunes()) return chooser.SkipOnly();
+  if (flags.searches()) return chooser.SmallestPassing(ParseIncrease(flags.max_increase));
+  return chooser.Keep(flags.keep > 0 ? flags.keep
+                                     : chooser.LargestWithin(ParseBytes(flags.size, "--size")));
+}
+
+// A gate the user set, on what was measured.
+void RequireIncrease(const CompressFlags& flags, double increase, const std::string& written) {
+  const double limit = ParseIncrease(flags.max_increase);
+  if (increase <= limit) return;
+  throw QualityError(fmt::format("perplexity on the judging sequences rises by {:.2f} %, more than "
+                                 "{:.2f} %{}",
+                                 100 * increase, 100 * limit, written),
+                     "keep more, run more experts a token, or allow more");
+}
+
+int RunInWorkFolder(Session& session, CompressFlags& flags) {
   const fs::path work = flags.output + ".work";
   if (fs::exists(work) && session.flags.force && !IsWorkFolder(work)) {
     throw UsageError(
@@ -122,13 +380,6 @@ int RunCompress(Session& session, CompressFlags& flags) {
   if (!applied_before) {
     RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   }
-  CheckTargetName(flags.target);
-  if (flags.budget == "uneven" && flags.target != "winnow") {
-    throw UsageError(
-        fmt::format("--budget uneven: {} needs the same number of experts in every layer",
-                    flags.target),
-        "add --target winnow if Winnow alone is to run the result");
-  }
   const Model model = Model::Open(flags.model);
   // What could be wrong with the evaluation is found out before hours of observing.
   std::vector<EvalText> texts;
@@ -143,23 +394,18 @@ int RunCompress(Session& session, CompressFlags& flags) {
   const StatsInfo info = Observe(session, flags, model, sources, stats);
   if (session.flags.dry_run) return 0;  // Observe() has said it
   ReportCoverage(session, stats, info);
-  CompressionPlan plan =
-      MakePruningPlan(session, stats, info, {.naee = {.keep = flags.keep}}, flags.target);
-  if (flags.budget == "uneven") {
-    const CompressionPlan uneven = MakePruningPlan(
-        session, stats, info, {.naee = {.keep = flags.keep}, .uneven = true}, flags.target);
-    plan = BetterPlan(session, model, sources, uneven, plan, work.string());
-  }
-  session.Note(DescribePlan(plan));
+  Chooser chooser(session, flags, model, sources, info, work);
+  Candidate chosen = Choose(chooser, flags);
+  const CompressionPlan& plan = chosen.plan;
+  // Healed and skipping models are measured once they are written.
+  const bool measured_late = flags.active > 0 && !flags.no_heal;
+  if (!flags.max_increase.empty() && !measured_late) RequireIncrease(flags, *chosen.increase, "");
   ApplyOptions options;
   options.resume = session.flags.resume;
-  Healing healing;
   if (!flags.no_heal) {
     // A finished checkpoint was healed already; its weights are on disk and only read back.
-    healing =
-        Heal(session, model, plan, PrepareHeal(session, model, plan, sources), work / "healed");
-    options.replacements = &healing.weights;
-    options.changes = healing.card;
+    options.replacements = &chosen.healing.weights;
+    options.changes = chosen.healing.card;
   }
   const RewritePlan rewrite = PlanRewrite(model, plan, options);
   ApplyResult applied;
@@ -172,13 +418,21 @@ int RunCompress(Session& session, CompressFlags& flags) {
                      "repeat the command as it was, or start again with --force");
   }
   const double pruned_seconds = session.seconds();
+  if (measured_late && !flags.max_increase.empty()) {
+    RequireIncrease(flags, chooser.IncreaseOf(Model::Open(flags.output)),
+                    fmt::format("; {} is written all the same", flags.output));
+  }
   std::vector<EvalRow> rows;
+  std::string skipping;
   if (!flags.texts.empty()) {
     const std::string spill = work.string();
     const Model smaller = Model::Open(flags.output);
     const auto before =
         Evaluate(session, model, texts, {.skip_betas = SkippingOf(model, "", false)}, spill).texts;
-    const auto after = Evaluate(session, smaller, texts, {}, spill).texts;
+    const EvalResults pruned =
+        Evaluate(session, smaller, texts, {.skip_betas = SkippingOf(smaller, "", false)}, spill);
+    const std::vector<PerplexityResult>& after = pruned.texts;
+    if (pruned.skipping) skipping = DescribeSkipping(smaller, *pruned.skipping);
     for (size_t i = 0; i < texts.size(); ++i) rows.push_back({texts[i].name, after[i], before[i]});
     std::string measured = fmt::format(
         "Protocol `{}`: {}.\n\n| text | tokens | original | pruned | d nll +- s.e. |\n"
@@ -204,7 +458,8 @@ int RunCompress(Session& session, CompressFlags& flags) {
                         {"apply_seconds", applied.seconds},
                         {"peak_rss_bytes", PeakResidentBytes()},
                         {"plan", PlanToJson(plan)}};
-    if (!flags.no_heal) json["healing"] = healing.json;
+    if (!flags.no_heal) json["healing"] = chosen.healing.json;
+    if (chosen.increase) json["judged_increase"] = *chosen.increase;
     if (!rows.empty()) json["eval"] = EvalJson(rows, flags.protocol);
     session.PrintJson(json);
     return 0;
@@ -213,17 +468,28 @@ int RunCompress(Session& session, CompressFlags& flags) {
       "{}: {} -> {} ({:.0f} % of the weights), {} of {} experts a layer{}", flags.output,
       FormatBytes(rewrite.bytes_before), FormatBytes(rewrite.bytes_after),
       100.0 * static_cast<double>(rewrite.bytes_after) / static_cast<double>(rewrite.bytes_before),
-      flags.keep, info.layers.front().num_experts, flags.budget == "uneven" ? " on average" : ""));
+      chosen.keep, info.layers.front().num_experts, flags.budget == "uneven" ? " on average" : ""));
   session.Print(fmt::format("pruned in {}, peak memory {}", FormatSeconds(pruned_seconds),
                             FormatBytes(PeakResidentBytes())));
   if (!rows.empty()) {
     session.Print(EvalTable(rows, flags.protocol));
+    if (!skipping.empty()) session.Print(skipping);
   } else {
     session.Note(fmt::format(
         "nothing was measured: winnow eval ppl {} --text FILE --against {} compares the two",
         flags.output, flags.model));
   }
   return 0;
+}
+
+int RunCompress(Session& session, CompressFlags& flags) {
+  CheckFlags(flags);
+  try {
+    return RunInWorkFolder(session, flags);
+  } catch (const QualityError&) {  // finished, with an answer: nothing to go on with
+    if (!flags.keep_stats) fs::remove_all(flags.output + ".work");
+    throw;
+  }
 }
 
 }  // namespace
@@ -234,8 +500,14 @@ void AddCompress(CLI::App& app, Session& session) {
   CLI::App* verb = app.add_subcommand("compress", "Observe, plan, apply and evaluate in one");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("--keep", flags->keep, "Experts to keep in each layer")
-      ->required()
       ->check(WholeNumberFrom(1));
+  verb->add_option("--size", flags->size, "Keep as many as fit, e.g. 9G of weights");
+  verb->add_option("--max-ppl-increase", flags->max_increase,
+                   "e.g. 5%: alone, keep as few as pass on the judging tenth of the calibration\n"
+                   "text; beside the others, refuse (exit 5) what does not pass");
+  verb->add_option("--active", flags->active,
+                   "Also skip experts at run time: mean experts a token (alone: remove none)")
+      ->check(NumberFromTo(1, 128));
   AddCalibrationFlags(*verb, flags->calibration);
   verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")
       ->required()

@@ -6,6 +6,7 @@
 #include "calibration.h"
 #include "methods/naee.h"
 #include "observe/layer_stats.h"
+#include "observe_rounds.h"
 #include "pruning.h"
 #include "session.h"
 
@@ -16,14 +17,66 @@ struct ObserveFlags {
   std::string model, output, stats, plan;
   CalibrationFlags calibration;
   ObserveOptions options;
-  bool progressive = false;
+  bool progressive = false, repair_drift = false, until_stable = false;
   int64_t keep = 0;
 };
 
+// What observing gave, however many sweeps it took.
+void Report(Session& session, const ObserveFlags& flags, const StatsInfo& info,
+            const OrderedJson& more) {
+  const OrderedJson coverage = ReportCoverage(session, flags.output, info);
+  if (!session.flags.json) return;
+  OrderedJson json = {{"schema", "winnow.observe/1"},
+                      {"output", flags.output},
+                      {"level", StatsLevelName(info.level)},
+                      {"tokens", info.num_tokens()},
+                      {"coverage", coverage}};
+  json.update(more);
+  json["bytes_read"] = BytesReadByProcess();
+  json["peak_rss_bytes"] = PeakResidentBytes();
+  session.PrintJson(json);
+}
+
+int RunRounds(Session& session, ObserveFlags& flags, const Model& model,
+              const std::vector<SourceBlocks>& sources) {
+  if (session.flags.dry_run) {
+    const ObservePlan plan = PrepareObserve(session, model, sources, flags.options, flags.output);
+    CheckNaee(plan.info, {.keep = flags.keep});
+    session.PrintDryRun("observe", DescribeObserve(plan));
+    return 0;
+  }
+  const double start = session.seconds();
+  const ObservedRounds result =
+      ObserveUntilStable(session, model, sources, flags.options, flags.keep, flags.output);
+  const double seconds = session.seconds() - start;
+  Report(session, flags, result.info,
+         {{"seconds", seconds},
+          {"stable", result.stable},
+          {"rounds", result.rounds},
+          {"weight_bytes_read", result.weight_bytes_read}});
+  if (!session.flags.json) {
+    session.Note(fmt::format("wrote {}: {} sweeps, {} of weights read", flags.output,
+                             result.rounds.size(), FormatBytes(result.weight_bytes_read)));
+    session.PrintUsage();
+  }
+  return 0;
+}
+
 int RunObserveVerb(Session& session, ObserveFlags& flags) {
-  if (flags.progressive != (flags.keep > 0)) {
-    throw UsageError("--progressive and --keep R go together",
-                     "progressive pruning chooses R survivors while it observes");
+  if (flags.progressive && flags.until_stable) {
+    throw UsageError("--progressive chooses while it observes: it takes no --until-stable",
+                     "leave one of them out");
+  }
+  if ((flags.progressive || flags.until_stable) != (flags.keep > 0)) {
+    throw UsageError("--progressive or --until-stable and --keep R go together",
+                     "both choose R survivors while they observe");
+  }
+  if (flags.repair_drift && !flags.progressive) {
+    throw UsageError("--repair-drift is a target of --progressive", "add --progressive --keep R");
+  }
+  if (flags.until_stable && !flags.stats.empty() && flags.stats != "full") {
+    throw UsageError(fmt::format("--until-stable needs --stats full, not {}", flags.stats),
+                     "it chooses by the outputs of all experts");
   }
   if (flags.progressive && !flags.stats.empty() && flags.stats != "full") {
     throw UsageError(fmt::format("--progressive needs --stats full, not {}", flags.stats),
@@ -34,6 +87,8 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
   ObserveOptions& options = flags.options;
   if (!flags.stats.empty()) options.level = ParseStatsLevel(flags.stats);
   options.kept_experts = WhatIf(session, model, flags.plan);
+  if (flags.until_stable) options.level = StatsLevel::kFull;
+  if (flags.repair_drift) options.progressive_target = ProgressiveTarget::kRepairDrift;
   if (flags.progressive) {
     options.level = StatsLevel::kFull;
     options.progressive_keep = flags.keep;
@@ -47,6 +102,7 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
   }
   const std::vector<SourceBlocks> sources =
       LoadCalibration(session, model, flags.model, flags.calibration);
+  if (flags.until_stable) return RunRounds(session, flags, model, sources);
   const ObservePlan plan = PrepareObserve(session, model, sources, options, flags.output);
   if (flags.progressive) CheckNaee(plan.info, {.keep = flags.keep});
   if (session.flags.dry_run) {
@@ -56,25 +112,17 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
   const double start = session.seconds();
   const ObserveResult result =
       RunObserve(model, sources, options, plan, flags.output, session.pool(), session.control());
-  const OrderedJson coverage = ReportCoverage(session, flags.output, plan.info);
   const double seconds = session.seconds() - start;
   // Of this run: layers that were there already took no time.
   const double share =
       1.0 - static_cast<double>(result.resumed_layers) / static_cast<double>(plan.info.num_layers);
-  if (session.flags.json) {
-    session.PrintJson({{"schema", "winnow.observe/1"},
-                       {"output", flags.output},
-                       {"level", StatsLevelName(plan.info.level)},
-                       {"tokens", plan.info.num_tokens()},
-                       {"coverage", coverage},
-                       {"seconds", seconds},
-                       {"tera_flop", plan.tera_flop},
-                       {"weight_bytes_read", result.bytes_read},
-                       {"bytes_read", BytesReadByProcess()},
-                       {"wait_seconds", result.wait_seconds},
-                       {"resumed_layers", result.resumed_layers},
-                       {"peak_rss_bytes", PeakResidentBytes()}});
-  } else {
+  Report(session, flags, plan.info,
+         {{"seconds", seconds},
+          {"tera_flop", plan.tera_flop},
+          {"weight_bytes_read", result.bytes_read},
+          {"wait_seconds", result.wait_seconds},
+          {"resumed_layers", result.resumed_layers}});
+  if (!session.flags.json) {
     session.Note(
         fmt::format("wrote {}: {:.0f} tokens/s, {:.0f} GFLOP/s, waited {} for the disk",
                     flags.output, share * static_cast<double>(plan.info.num_tokens()) / seconds,
@@ -102,7 +150,13 @@ void AddObserve(CLI::App& app, Session& session) {
       ->check(WholeNumberFrom(1));
   verb->add_flag("--progressive", flags->progressive,
                  "Two streams: choose while observing (with --keep)");
-  verb->add_option("--keep", flags->keep, "Experts to keep in each layer (with --progressive)")
+  verb->add_flag("--repair-drift", flags->repair_drift,
+                 "--progressive: aim at the intact stream, not at the layer's intact output");
+  verb->add_flag("--until-stable", flags->until_stable,
+                 "Observe in rounds of twice the text, until what NAEE keeps stays the same\n"
+                 "(with --keep; at most --blocks)");
+  verb->add_option("--keep", flags->keep,
+                   "Experts to keep in each layer (with --progressive, --until-stable)")
       ->check(WholeNumberFrom(1));
   verb->add_option("--plan", flags->plan, "Behave as if this plan were applied");
   verb->add_option("--checkpoint-seconds", flags->options.checkpoint_seconds,

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "plan/loader_target.h"
+#include "planning.h"
 #include "pruning.h"
 #include "session.h"
 
@@ -14,10 +15,10 @@ namespace {
 
 struct PlanFlags {
   std::string stats, output, method = "naee", search = "auto", target = "transformers",
-                             objective = "unsquared", budget = "uniform";
+                             objective = "unsquared", budget = "uniform", mix;
   int64_t keep = 0, floor = 0;
   double ratio = 0, active = 0, max_error = 0;
-  bool compare = false;
+  bool compare = false, curve = false, no_guard = false, all_tokens = false;
 };
 
 SubsetSearch ParseSearch(const std::string& name) {
@@ -41,9 +42,10 @@ int WritePlan(Session& session, const PlanFlags& flags, const CompressionPlan& p
 }
 
 int PlanSkipping(Session& session, const PlanFlags& flags) {
-  if (flags.keep > 0 || flags.ratio > 0 || flags.compare) {
-    throw UsageError("naee-skip removes no experts: it takes no --keep, --ratio or --compare",
-                     "to do both, observe with --plan PRUNING and plan skipping from that");
+  if (flags.keep > 0 || flags.ratio > 0 || flags.compare || flags.curve) {
+    throw UsageError(
+        "naee-skip removes no experts: it takes no --keep, --ratio, --compare or --curve",
+        "to do both, observe with --plan PRUNING and plan skipping from that");
   }
   if (flags.active > 0 && flags.max_error > 0) {
     throw UsageError("give either --active or --max-error",
@@ -53,9 +55,36 @@ int PlanSkipping(Session& session, const PlanFlags& flags) {
   std::optional<SkipBudget> budget;
   if (flags.active > 0) budget = SkipBudget{.active_experts = flags.active, .max_error = {}};
   if (flags.max_error > 0) budget = SkipBudget{.active_experts = {}, .max_error = flags.max_error};
-  const StatsInfo info = ReadStatsInfo(flags.stats);
+  const StatsInfo info = ReadWeighedStats(session, flags.stats, flags.mix, flags.all_tokens);
   return WritePlan(session, flags,
                    MakeSkippingPlan(session, flags.stats, info, budget, flags.target));
+}
+
+// The number of survivors of E experts that --keep or --ratio asks for.
+int64_t SurvivorsOf(Session& session, const PlanFlags& flags, int64_t experts) {
+  if (flags.keep > 0) return flags.keep;
+  const int64_t keep =
+      experts - static_cast<int64_t>(std::llround(flags.ratio * static_cast<double>(experts)));
+  session.Note(fmt::format(
+      "removing {} of {} experts ({:.1f} %): keeping {}", experts - keep, experts,
+      100.0 * static_cast<double>(experts - keep) / static_cast<double>(experts), keep));
+  return keep;
+}
+
+// A checkpoint in place of statistics: what its weights alone can say.
+int PlanWithoutText(Session& session, const PlanFlags& flags) {
+  if (flags.method != "aimer" || flags.compare || flags.curve || flags.budget != "uniform" ||
+      !flags.mix.empty() || flags.all_tokens) {
+    throw UsageError(fmt::format("{} is a checkpoint, not statistics", flags.stats),
+                     "observe it first; --method aimer alone plans from weights without text");
+  }
+  const Model model = Model::Open(flags.stats);
+  const StatsInfo info = DescribeModel(model);
+  if (info.layers.empty()) {
+    throw UsageError("the model has no Mixture-of-Experts layers", "there is nothing to remove");
+  }
+  const int64_t keep = SurvivorsOf(session, flags, info.layers.front().num_experts);
+  return WritePlan(session, flags, MakeWeightsPlan(session, model, keep, flags.target));
 }
 
 int RunPlan(Session& session, PlanFlags& flags) {
@@ -64,23 +93,30 @@ int RunPlan(Session& session, PlanFlags& flags) {
     throw UsageError("--active and --max-error belong to --method naee-skip",
                      "they skip experts at run time; --keep or --ratio remove them");
   }
-  if ((flags.keep > 0) == (flags.ratio > 0)) {
-    throw UsageError("give either --keep R (experts kept) or --ratio X (share removed)");
+  if (flags.curve ? flags.keep > 0 || flags.ratio > 0 : (flags.keep > 0) == (flags.ratio > 0)) {
+    throw UsageError("give one of --keep R (experts kept), --ratio X (share removed) and --curve");
+  }
+  const bool uneven = flags.budget == "uneven";
+  if (flags.curve && (flags.compare || uneven || flags.method != "naee" || !flags.output.empty() ||
+                      flags.search != "auto")) {
+    throw UsageError("--curve is a table of NAEE's losses, printed",
+                     "it takes none of --method, --search, --budget, --compare and -o");
   }
   if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
-  const StatsInfo info = ReadStatsInfo(flags.stats);
-  int64_t keep = flags.keep;
-  if (flags.ratio > 0) {
-    const int64_t experts = info.layers.front().num_experts;
-    keep = experts - static_cast<int64_t>(std::llround(flags.ratio * static_cast<double>(experts)));
-    session.Note(fmt::format(
-        "removing {} of {} experts ({:.1f} %): keeping {}", experts - keep, experts,
-        100.0 * static_cast<double>(experts - keep) / static_cast<double>(experts), keep));
+  const fs::path folder = flags.stats;
+  if (fs::exists(folder / "config.json") && !fs::exists(folder / "stats.json")) {
+    return PlanWithoutText(session, flags);
   }
-  const NaeeOptions options{.keep = keep,
-                            .search = ParseSearch(flags.search),
-                            .objective = ParseNaeeObjective(flags.objective)};
-  const bool uneven = flags.budget == "uneven";
+  const StatsInfo info = ReadWeighedStats(session, flags.stats, flags.mix, flags.all_tokens);
+  PruningChoice choice;
+  choice.method = flags.method;
+  choice.naee = {
+      .keep = flags.curve ? 0 : SurvivorsOf(session, flags, info.layers.front().num_experts),
+      .search = ParseSearch(flags.search),
+      .objective = ParseNaeeObjective(flags.objective)};
+  choice.uneven = uneven;
+  choice.floor = flags.floor;
+  if (!flags.no_guard) choice.super_experts = NameSuperExperts(session, flags.stats, info);
   if (uneven && (flags.method != "naee" || flags.compare)) {
     throw UsageError("--budget uneven divides survivors by NAEE's errors: it needs --method naee",
                      "leave out --method and --compare");
@@ -98,12 +134,15 @@ int RunPlan(Session& session, PlanFlags& flags) {
     throw UsageError("--floor belongs to --budget uneven",
                      "leave it out: --keep is the number in every layer");
   }
-  if (flags.compare) {
-    ComparePruning(session, flags.stats, info, options);
+  if (flags.curve) {
+    PrintCurve(session, flags.stats, info, choice);
     return 0;
   }
-  const CompressionPlan plan = MakePruningPlan(
-      session, flags.stats, info, {flags.method, options, uneven, flags.floor}, flags.target);
+  if (flags.compare) {
+    ComparePruning(session, flags.stats, info, choice);
+    return 0;
+  }
+  const CompressionPlan plan = MakePruningPlan(session, flags.stats, info, choice, flags.target);
   if (uneven) {
     session.Note(
         "not confirmed: eval ppl MODEL --plan shows it against a uniform plan on other text "
@@ -117,10 +156,12 @@ int RunPlan(Session& session, PlanFlags& flags) {
 void AddPlan(CLI::App& app, Session& session) {
   auto flags = std::make_shared<PlanFlags>();
   CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
-  verb->add_option("STATS", flags->stats, "Statistics folder")->required();
+  verb->add_option("STATS", flags->stats, "Statistics folder; for --method aimer also a checkpoint")
+      ->required();
   verb->add_option("--method", flags->method,
                    "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean, "
-                   "reap, man, msan, leave-one-out), or naee-skip: skip experts at run time");
+                   "reap, man, msan, easy-ep, aimer, leave-one-out), or naee-skip: skip experts at "
+                   "run time");
   verb->add_option(
       "--objective", flags->objective,
       "naee: unsquared (as published), squared, relative-to-output, relative-to-stream");
@@ -135,6 +176,14 @@ void AddPlan(CLI::App& app, Session& session) {
   verb->add_option("--max-error", flags->max_error,
                    "naee-skip: skip until the layers' relative errors add up to this")
       ->check(NumberFromTo(1e-9, 1e3));
+  verb->add_option("--mix", flags->mix,
+                   "Weigh the texts anew: prose=1,code=3 multiplies their sums (default 1 each)");
+  verb->add_flag("--all-tokens", flags->all_tokens,
+                 "Count all tokens alike, whatever the mask of the data says");
+  verb->add_flag("--no-guard", flags->no_guard,
+                 "Let experts with rare but huge activations go like others");
+  verb->add_flag("--curve", flags->curve,
+                 "Show the loss of every number of survivors; write nothing");
   verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
   verb->add_option("--search", flags->search,
                    "enumerate, eliminate (then exchanges), or auto: by the number of subsets")

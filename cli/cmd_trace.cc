@@ -8,6 +8,7 @@
 #include "checkpoint/safetensors_writer.h"
 #include "forward/layer_sweep.h"
 #include "forward/logits.h"
+#include "pruning.h"
 #include "session.h"
 #include "text/text_source.h"
 #include "weights/layer_reader.h"
@@ -16,7 +17,7 @@ namespace winnow::cli {
 namespace {
 
 struct TraceFlags {
-  std::string model, ids, output;
+  std::string model, ids, output, plan;
 };
 
 // Named arrays to be written; filled as the layers run.
@@ -98,7 +99,7 @@ int RunTrace(Session& session, const TraceFlags& flags) {
   const int64_t n = tokens.num_tokens();
   MemoryPlan plan;
   plan.Add("program", kProgramBytes);
-  const LayerReaderOptions reading;
+  const LayerReaderOptions reading{.kept_experts = WhatIf(session, model, flags.plan)};
   plan.Add("weights of two layers", 2 * LayerReader::LargestLayerBytes(model, reading));
   plan.Add("hidden states of all layers", HiddenStates::Bytes(n * (num_layers + 2), h));
   plan.Add("logits", HiddenStates::Bytes(n, model.config().vocab_size));
@@ -147,6 +148,7 @@ void AddTrace(CLI::App& app, Session& session) {
   verb->add_option("-o,--output", flags->output, "safetensors file to write")
       ->required()
       ->transform(OutputPath);
+  verb->add_option("--plan", flags->plan, "Behave as if this plan were applied (without skipping)");
   session.AddComputeFlags(*verb);
   session.AddOutputFlags(*verb, false);
   session.AddReportFlags(*verb);

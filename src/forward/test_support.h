@@ -14,7 +14,7 @@
 namespace winnow {
 
 struct TracedLayer {
-  std::vector<float> router_logits, topk_weights, routed, moe_out;
+  std::vector<float> residual, router_logits, topk_weights, routed, moe_out;
   std::vector<float> expert_outputs;  // [n, E, hidden], if asked for
   std::vector<int32_t> topk_ids;
 };
@@ -44,6 +44,7 @@ class TraceObserver : public MoeObserver {
   void OnTokens(const MoeTokens& m) override {
     TracedLayer& layer = trace_.layers[m.layer];
     const int64_t n = m.num_tokens;
+    Append(layer.residual, m.residual, n * m.hidden);
     Append(layer.router_logits, m.router_logits, n * m.num_experts);
     Append(layer.topk_ids, m.topk_ids, n * m.num_experts_per_tok);
     Append(layer.topk_weights, m.topk_weights, n * m.num_experts_per_tok);

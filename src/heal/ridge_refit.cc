@@ -16,8 +16,7 @@ namespace {
 constexpr int64_t kChunkRows = 1024;
 // Most columns of one block; wider experts are cut into equal parts.
 constexpr int64_t kMaxColumns = 2048;
-constexpr std::array kLambdas = {100.0, 30.0, 10.0, 3.0,  1.0,  0.3,
-                                 0.1,   0.03, 0.01, 3e-3, 1e-3, 1e-4};
+constexpr std::array kLambdas = {100.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4};
 // Below this mean of c |R|^2 a layer's error is rounding and there is nothing to repair.
 constexpr double kNoError = 1e-11;
 
@@ -48,6 +47,10 @@ struct Part {
   size_t block = 0;  // in the store
   size_t step = 0;   // its place in the steps
   int64_t first_column = 0, columns = 0;
+  int64_t num_rows = 0;  // tokens that use it
+  // With no more rows than columns the same minimum is found in the rows' space: dW = Y S P, S =
+  // sqrt(c), and (A + r I)^-1 of columns becomes (S P P^T S + r I)^-1 of rows.
+  bool in_rows() const { return num_rows <= columns; }
 };
 
 enum class Tokens { kTrain, kAll };
@@ -65,16 +68,20 @@ class Refitter {
         continue;
       }
       const int64_t width = blocks[b].width, parts = NumParts(width);
-      result_.steps.push_back(
-          {blocks[b].expert, AlignedBuffer<float>(static_cast<size_t>(in_.hidden * width))});
+      result_.steps.push_back({blocks[b].expert, AlignedBuffer<float>()});
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t first = width * p / parts, end = width * (p + 1) / parts;
-        parts_.push_back({b, result_.steps.size() - 1, first, end - first});
+        parts_.push_back(
+            {b, result_.steps.size() - 1, first, end - first, std::ssize(blocks[b].tokens)});
         cache_bytes += static_cast<uint64_t>((end - first) * (end - first)) * sizeof(double);
         most_columns_ = std::max(most_columns_, end - first);
       }
     }
-    if (cache_bytes <= options.cache_bytes) cache_.resize(parts_.size());
+    if (cache_bytes <= options.cache_bytes) {
+      cache_.resize(parts_.size());
+      kernels_.resize(parts_.size());
+    }
+    multipliers_.resize(parts_.size());
     sweeps_ = options.sweeps;
   }
 
@@ -86,7 +93,7 @@ class Refitter {
       result_.steps.clear();
       return std::move(result_);
     }
-    int rises = 0;  // stop when less and less damping has made it worse twice
+    int rises = 0;  // stop when less and less damping has brought nothing twice
     for (const double lambda : kLambdas) {
       Sweep(lambda, Tokens::kTrain);
       const double error = HeldOutError();
@@ -94,7 +101,7 @@ class Refitter {
         result_.held_out_after = error;
         result_.lambda = lambda;
         rises = 0;
-      } else if (result_.lambda > 0 && ++rises == 2) {
+      } else if (++rises == 2) {
         break;
       }
     }
@@ -102,18 +109,43 @@ class Refitter {
       result_.steps.clear();
       return std::move(result_);
     }
-    Reset();
+    // From what the training tokens gave, which is near.
     for (std::vector<double>& gram : cache_) gram.clear();
+    keep_inverses_ = !cache_.empty();
+    inverses_.resize(parts_.size());
     for (int i = 0; i < sweeps_; ++i) Sweep(result_.lambda, Tokens::kAll);
+    for (size_t p = 0; p < parts_.size(); ++p) {
+      if (parts_[p].in_rows()) {
+        FinishInRows(p);
+      } else {
+        ChangeOf(parts_[p]);  // zeros, if there was nothing to fit
+      }
+    }
     return std::move(result_);
   }
 
  private:
   void Reset() {
     std::memcpy(residual_.data(), in_.residual.data(), in_.residual.size_bytes());
-    for (RefitStep& step : result_.steps) {
-      std::memset(step.change.data(), 0, step.change.size_bytes());
+    for (size_t p = 0; p < parts_.size(); ++p) {
+      const Part& part = parts_[p];
+      if (part.in_rows()) {
+        multipliers_[p].assign(static_cast<size_t>(in_.hidden * part.num_rows), 0.0f);
+      } else {
+        std::memset(ChangeOf(part).data(), 0, ChangeOf(part).size_bytes());
+      }
     }
+  }
+
+  int64_t WidthOf(const Part& part) const { return in_.activations.blocks()[part.block].width; }
+  // The change of the part's expert, made when it is first needed.
+  AlignedBuffer<float>& ChangeOf(const Part& part) {
+    AlignedBuffer<float>& change = result_.steps[part.step].change;
+    if (change.size() == 0) {
+      change = AlignedBuffer<float>(static_cast<size_t>(in_.hidden * WidthOf(part)));
+      std::memset(change.data(), 0, change.size_bytes());
+    }
+    return change;
   }
 
   // sum c |R|^2 over the tokens `chosen` picks.
@@ -149,7 +181,11 @@ class Refitter {
   void Sweep(double lambda, Tokens tokens) {
     for (size_t p = 0; p < parts_.size(); ++p) {
       control_.Poll();
-      Solve(p, lambda, tokens);
+      if (parts_[p].in_rows()) {
+        SolveInRows(p, lambda, tokens);
+      } else {
+        SolveInColumns(p, lambda, tokens);
+      }
     }
   }
 
@@ -228,43 +264,183 @@ class Refitter {
     return sums;
   }
 
-  // (A + lambda d I)^-1 in f32; empty if the part has nothing to fit. `ridge` becomes lambda d.
-  std::vector<float> DampedInverse(size_t p, double lambda, Tokens tokens, double& ridge) {
-    const Part& part = parts_[p];
-    const auto m = static_cast<size_t>(part.columns);
-    std::vector<double> gram;
-    if (!cache_.empty()) {
-      if (cache_[p].empty()) cache_[p] = Gram(part, tokens);
-      gram = cache_[p];
-    } else {
-      gram = Gram(part, tokens);
-    }
-    double trace = 0;
-    for (size_t i = 0; i < m; ++i) trace += gram[i * (m + 1)];
-    ridge = lambda * trace / static_cast<double>(m);
-    if (!(ridge > 0) || !std::isfinite(ridge)) return {};
-    for (size_t i = 0; i < m; ++i) gram[i * (m + 1)] += ridge;
+  // A damped Gram matrix's inverse, and the damping on its diagonal. Empty: nothing to fit.
+  struct Damped {
+    std::vector<float> inverse;
+    double ridge = 0;
+  };
+  // The inverse of the symmetric matrix in damped_ plus lambda trace / m on its diagonal. Kept
+  // while sweep after sweep has the same lambda.
+  void Invert(size_t size, double lambda, double trace, size_t m, Damped& damped) {
+    damped.inverse.clear();
+    damped.ridge = lambda * trace / static_cast<double>(m);
+    if (!(damped.ridge > 0) || !std::isfinite(damped.ridge)) return;
+    for (size_t i = 0; i < size; ++i) damped_[i * (size + 1)] += damped.ridge;
     // Rounding of the f32 products can leave a Gram matrix of few tokens a little indefinite: more
     // damping than that is wanted anyway.
-    if (!InvertPositiveDefinite(gram.data(), part.columns, pool_)) return {};
-    return {gram.begin(), gram.end()};
+    if (!InvertPositiveDefinite(damped_.data(), static_cast<int64_t>(size), pool_)) return;
+    damped.inverse.assign(damped_.begin(),
+                          damped_.begin() + static_cast<std::ptrdiff_t>(size * size));
   }
 
-  void Solve(size_t p, double lambda, Tokens tokens) {
+  // (A + lambda d I)^-1 of a part's columns.
+  void InvertColumns(size_t p, double lambda, Tokens tokens, Damped& damped) {
+    const Part& part = parts_[p];
+    const auto m = static_cast<size_t>(part.columns);
+    if (cache_.empty()) {
+      damped_ = Gram(part, tokens);
+    } else {
+      if (cache_[p].empty()) cache_[p] = Gram(part, tokens);
+      damped_.assign(cache_[p].begin(), cache_[p].end());
+      if (keep_inverses_) cache_[p] = {};  // the inverse takes its place
+    }
+    double trace = 0;
+    for (size_t i = 0; i < m; ++i) trace += damped_[i * (m + 1)];
+    Invert(m, lambda, trace, m, damped);
+  }
+
+  // (S P P^T S + lambda d I)^-1 of a part's rows.
+  void InvertRows(size_t p, double lambda, std::span<const float> kernel,
+                  std::span<const float> root, Damped& damped) {
+    const auto n = static_cast<size_t>(parts_[p].num_rows);
+    damped_.resize(n * n);
+    double trace = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const auto scale = static_cast<double>(root[i]);
+      // From one side of the diagonal: rounding may differ on the other.
+      for (size_t j = 0; j <= i; ++j) {
+        const double value =
+            scale * static_cast<double>(kernel[i * n + j]) * static_cast<double>(root[j]);
+        damped_[i * n + j] = value;
+        damped_[j * n + i] = value;
+      }
+      trace += damped_[i * (n + 1)];
+    }
+    Invert(n, lambda, trace, static_cast<size_t>(parts_[p].columns), damped);
+  }
+
+  // All rows P [n, columns] of a part that is solved in rows.
+  void ReadRows(const Part& part) {
+    Grow(rows_, std::max(kChunkRows * most_columns_, part.num_rows * part.columns));
+    in_.activations.Read(part.block, 0, part.num_rows, part.first_column, part.columns,
+                         rows_.data());
+  }
+
+  // P P^T [n, n], no token weighted.
+  std::vector<float> Kernel(const Part& part) {
+    const int64_t n = part.num_rows, m = part.columns;
+    ReadRows(part);
+    packed_.Pack(rows_.data(), n, m, m, pool_);
+    const WeightMatrix matrix{std::as_bytes(rows_.span()).data(), n, m, Dtype::kF32};
+    std::vector<float> kernel(static_cast<size_t>(n * n));
+    MatMul(packed_, matrix, kernel.data(), n, pool_);
+    return kernel;
+  }
+
+  // sqrt(c) of the part's rows, 0 for held-out tokens while training.
+  std::vector<float> RootWeights(const Part& part, Tokens tokens) const {
+    std::vector<float> roots;
+    for (const int32_t token : in_.activations.blocks()[part.block].tokens) {
+      roots.push_back(std::sqrt(WeightOf(token, tokens)));
+    }
+    return roots;
+  }
+
+  // SolveInColumns for fewer rows than columns.
+  void SolveInRows(size_t p, double lambda, Tokens tokens) {
+    const Part& part = parts_[p];
+    const int64_t h = in_.hidden, n = part.num_rows;
+    std::vector<float> computed;
+    if (kernels_.empty()) {
+      computed = Kernel(part);
+    } else if (kernels_[p].empty()) {
+      kernels_[p] = Kernel(part);
+    }
+    const std::vector<float>& kernel = kernels_.empty() ? computed : kernels_[p];
+    const std::vector<float> root = RootWeights(part, tokens);
+    Damped& damped = keep_inverses_ ? inverses_[p] : inverse_;
+    if (!keep_inverses_ || damped.inverse.empty()) InvertRows(p, lambda, kernel, root, damped);
+    if (damped.inverse.empty()) return;
+    // Z^T = R^T S - r Y [hidden, n]; the change of Y is Z^T times the inverse.
+    const std::vector<int32_t>& ids = in_.activations.blocks()[part.block].tokens;
+    Grow(gathered_, n * h);
+    Grow(scaled_, std::max(kChunkRows * std::max(most_columns_, h), n * h));
+    for (size_t i = 0; i < ids.size(); ++i) {
+      std::memcpy(gathered_.data() + static_cast<int64_t>(i) * h,
+                  residual_.data() + int64_t{ids[i]} * h, static_cast<size_t>(h) * sizeof(float));
+    }
+    TransposeScaled(gathered_.data(), root.data(), n, h, scaled_.data(), n, pool_);
+    std::vector<float>& multipliers = multipliers_[p];
+    const auto r = static_cast<float>(damped.ridge);
+    pool_.Run(h, [&](int64_t row, int) {
+      for (int64_t i = row * n; i < (row + 1) * n; ++i) {
+        scaled_.data()[i] -= r * multipliers[static_cast<size_t>(i)];
+      }
+    });
+    Grow(change_, h * n);
+    packed_.Pack(scaled_.data(), h, n, n, pool_);
+    MatMul(packed_, {std::as_bytes(std::span(damped.inverse)).data(), n, n, Dtype::kF32},
+           change_.data(), n, pool_);
+    Grow(weighted_, h * n);  // Y S
+    pool_.Run(h, [&](int64_t row, int) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = row * n + i;
+        multipliers[static_cast<size_t>(at)] += change_.data()[at];
+        weighted_.data()[at] = change_.data()[at] * root[static_cast<size_t>(i)];
+      }
+    });
+    // R -= P P^T S Y^T
+    Grow(product_, std::max(kChunkRows * h, n * h));
+    packed_.Pack(kernel.data(), n, n, n, pool_);
+    MatMul(packed_, {std::as_bytes(weighted_.span()).data(), h, n, Dtype::kF32}, product_.data(), h,
+           pool_);
+    SubtractRows(ids, product_.data());
+  }
+
+  // The change of the down projection from the multipliers of all tokens: Y S P.
+  void FinishInRows(size_t p) {
+    const Part& part = parts_[p];
+    const int64_t h = in_.hidden, n = part.num_rows, m = part.columns, width = WidthOf(part);
+    const std::vector<float> root = RootWeights(part, Tokens::kAll);
+    ReadRows(part);
+    Grow(transposed_, std::max(kChunkRows * most_columns_, n * m));
+    TransposeScaled(rows_.data(), root.data(), n, m, transposed_.data(), n, pool_);
+    packed_.Pack(multipliers_[p].data(), h, n, n, pool_);
+    MatMul(packed_, {std::as_bytes(transposed_.span()).data(), m, n, Dtype::kF32},
+           ChangeOf(part).data() + part.first_column, width, pool_);
+    multipliers_[p] = {};
+  }
+
+  // residual[ids[i]] -= rows[i]
+  void SubtractRows(std::span<const int32_t> ids, const float* rows) {
+    const int64_t h = in_.hidden, count = std::ssize(ids);
+    constexpr int64_t kRows = 64;
+    pool_.Run((count + kRows - 1) / kRows, [&](int64_t task, int) {
+      for (int64_t i = task * kRows; i < std::min(count, (task + 1) * kRows); ++i) {
+        float* to = residual_.data() + int64_t{ids[static_cast<size_t>(i)]} * h;
+        const float* from = rows + i * h;
+        for (int64_t j = 0; j < h; ++j) to[j] -= from[j];
+      }
+    });
+  }
+
+  void SolveInColumns(size_t p, double lambda, Tokens tokens) {
     const Part& part = parts_[p];
     const int64_t h = in_.hidden, m = part.columns;
-    double ridge = 0;
-    const std::vector<float> inverse = DampedInverse(p, lambda, tokens, ridge);
-    if (inverse.empty()) return;
+    Damped& damped = keep_inverses_ ? inverses_[p] : inverse_;
+    if (!keep_inverses_ || damped.inverse.empty()) InvertColumns(p, lambda, tokens, damped);
+    if (damped.inverse.empty()) return;
+    const double ridge = damped.ridge;
+    const std::vector<float>& inverse = damped.inverse;
     const std::vector<double> correlation = Correlation(part, tokens);
-    RefitStep& step = result_.steps[part.step];
-    const int64_t width = in_.activations.blocks()[part.block].width;
+    AlignedBuffer<float>& total = ChangeOf(part);
+    const int64_t width = WidthOf(part);
     // The change of this block's change: (sum c R p^T - lambda d dW) (A + lambda d I)^-1.
     std::vector<float> gradient(correlation.size());
     pool_.Run(h, [&](int64_t r, int) {
       for (int64_t c = 0; c < m; ++c) {
         const auto at = static_cast<size_t>(r * m + c);
-        const float change = step.change[static_cast<size_t>(r * width + part.first_column + c)];
+        const float change = total[static_cast<size_t>(r * width + part.first_column + c)];
         gradient[at] = static_cast<float>(correlation[at] - ridge * static_cast<double>(change));
       }
     });
@@ -274,7 +450,7 @@ class Refitter {
     MatMul(packed_, inverse_matrix, change.data(), m, pool_);
     pool_.Run(h, [&](int64_t r, int) {
       for (int64_t c = 0; c < m; ++c) {
-        step.change[static_cast<size_t>(r * width + part.first_column + c)] +=
+        total[static_cast<size_t>(r * width + part.first_column + c)] +=
             change[static_cast<size_t>(r * m + c)];
       }
     });
@@ -284,14 +460,7 @@ class Refitter {
     ForChunks(part, [&](int64_t count, std::span<const int32_t> ids, const float* rows) {
       packed_.Pack(rows, count, m, m, pool_);
       MatMul(packed_, change_matrix, product_.data(), h, pool_);
-      constexpr int64_t kRows = 64;
-      pool_.Run((count + kRows - 1) / kRows, [&](int64_t task, int) {
-        for (int64_t i = task * kRows; i < std::min(count, (task + 1) * kRows); ++i) {
-          float* to = residual_.data() + int64_t{ids[static_cast<size_t>(i)]} * h;
-          const float* from = product_.data() + i * h;
-          for (int64_t j = 0; j < h; ++j) to[j] -= from[j];
-        }
-      });
+      SubtractRows(ids, product_.data());
     });
   }
 
@@ -307,11 +476,18 @@ class Refitter {
   int sweeps_ = 0;
   int64_t most_columns_ = 0;
   std::vector<Part> parts_;
-  std::vector<std::vector<double>> cache_;  // Gram matrices; empty if they are not kept
-  AlignedBuffer<float> residual_;           // [T, hidden] what the steps so far leave
+  // Kept between sweeps if they fit: Gram matrices of columns, kernels of rows.
+  std::vector<std::vector<double>> cache_;
+  std::vector<std::vector<float>> kernels_;
+  std::vector<std::vector<float>> multipliers_;  // Y [hidden, n] of parts solved in rows
+  AlignedBuffer<float> residual_;                // [T, hidden] what the steps so far leave
   LayerRefit result_;
+  bool keep_inverses_ = false;
+  std::vector<Damped> inverses_;  // of every part, while keep_inverses_
+  Damped inverse_;
+  std::vector<double> damped_;
   PackedRows packed_;
-  AlignedBuffer<float> rows_, transposed_, scaled_, gathered_, product_;
+  AlignedBuffer<float> rows_, transposed_, scaled_, gathered_, product_, change_, weighted_;
   std::vector<float> weights_;
 };
 
@@ -333,10 +509,10 @@ uint64_t RefitBytes(int64_t num_tokens, int64_t hidden, std::span<const int64_t>
   }
   const uint64_t square = most_columns * most_columns;
   const uint64_t panel = h * most_columns;
-  // Residual and its copy; Gram matrix, its inverse's work and f32 form; correlation, gradient,
-  // change; products and chunks with their transposes and packs.
-  return steps + 2 * n * h * sizeof(float) + square * (3 * sizeof(double) + sizeof(float)) +
-         panel * (sizeof(double) + 4 * sizeof(float)) +
+  // Residual and its copy; Gram matrix (or kernel), its inverse's work and f32 form; correlation,
+  // gradient, change; products and chunks with their transposes and packs.
+  return steps + 2 * n * h * sizeof(float) + square * (3 * sizeof(double) + 4 * sizeof(float)) +
+         panel * (sizeof(double) + 6 * sizeof(float)) +
          (std::max(square, std::max(panel, chunk * h)) + chunk * (4 * most_columns + 3 * h)) *
              sizeof(float);
 }

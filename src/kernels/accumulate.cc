@@ -1,5 +1,7 @@
 #include "kernels/accumulate.h"
 
+#include <cmath>
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/accumulate.cc"
 #include "hwy/foreach_target.h"  // before highway.h
@@ -61,6 +63,50 @@ void AccumulateWeightedTarget(double* plain, double* weighted, double* squared, 
   }
 }
 
+// A vector of f32 added to sums in double.
+HWY_INLINE void AddWidened(VF v, hn::Vec<DD>& sum) {
+  const DD dd;
+#if HWY_TARGET == HWY_SCALAR
+  sum = hn::Add(sum, hn::PromoteTo(dd, v));
+#else
+  const hn::Half<DF> half;
+  sum = hn::Add(sum, hn::Add(hn::PromoteTo(dd, hn::LowerHalf(half, v)),
+                             hn::PromoteTo(dd, hn::UpperHalf(half, v))));
+#endif
+}
+
+template <Dtype kDtype>
+void RowMoments(const std::byte* row, size_t n, double* absolute, double* square) {
+  const DD dd;
+  auto sum = hn::Zero(dd), squares = hn::Zero(dd);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF v = Widen<kDtype>(row + i * kElementBytes<kDtype>);
+    AddWidened(hn::Abs(v), sum);
+    AddWidened(hn::Mul(v, v), squares);
+  }
+  if (i < n) {
+    const VF v = WidenPartial<kDtype>(row + i * kElementBytes<kDtype>, n - i);
+    AddWidened(hn::Abs(v), sum);
+    AddWidened(hn::Mul(v, v), squares);
+  }
+  *absolute += hn::GetLane(hn::SumOfLanes(dd, sum));
+  *square += hn::GetLane(hn::SumOfLanes(dd, squares));
+}
+
+void RowMomentsTarget(const std::byte* row, Dtype dtype, int64_t n, double* absolute,
+                      double* square) {
+  const auto size = static_cast<size_t>(n);
+  switch (dtype) {
+    case Dtype::kBF16:
+      return RowMoments<Dtype::kBF16>(row, size, absolute, square);
+    case Dtype::kF16:
+      return RowMoments<Dtype::kF16>(row, size, absolute, square);
+    default:
+      return RowMoments<Dtype::kF32>(row, size, absolute, square);
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace winnow
 HWY_AFTER_NAMESPACE();
@@ -70,6 +116,7 @@ namespace winnow {
 
 HWY_EXPORT(AccumulateRowsTarget);
 HWY_EXPORT(AccumulateWeightedTarget);
+HWY_EXPORT(RowMomentsTarget);
 
 void AccumulateRows(double* sums, const float* x, int64_t rows, int64_t ld, int64_t n) {
   HWY_DYNAMIC_DISPATCH(AccumulateRowsTarget)(sums, x, rows, ld, n);
@@ -91,6 +138,24 @@ void AccumulateWeightedReference(double* plain, double* weighted, double* square
     plain[i] += f;
     weighted[i] += weight * f;
     squared[i] += weight * (weight * f);
+  }
+}
+
+void AccumulateMoments(const WeightMatrix& w, double* absolute, double* square) {
+  const auto moments = HWY_DYNAMIC_DISPATCH(RowMomentsTarget);
+  const auto row_bytes = static_cast<int64_t>(DtypeBits(w.dtype) / 8) * w.stride();
+  for (int64_t r = 0; r < w.rows; ++r) {
+    moments(w.data + r * row_bytes, w.dtype, w.cols, absolute, square);
+  }
+}
+void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double* square) {
+  for (int64_t r = 0; r < w.rows; ++r) {
+    for (int64_t c = 0; c < w.cols; ++c) {
+      const auto v = static_cast<double>(
+          LoadAsFloat(w.dtype, w.data, static_cast<size_t>(r * w.stride() + c)));
+      *absolute += std::abs(v);
+      *square += v * v;
+    }
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels/weight_matrix.h"  // WeightMatrix
+
 namespace winnow {
 
 // sums[i] += x[0 * ld + i] + x[1 * ld + i] + ... (each widened to double, added in that order).
@@ -15,5 +17,10 @@ void AccumulateWeighted(double* plain, double* weighted, double* squared, double
                         const float* x, int64_t n);
 void AccumulateWeightedReference(double* plain, double* weighted, double* squared, double weight,
                                  const float* x, int64_t n);
+
+// Over all elements of a matrix: absolute += sum |w|, square += sum w^2. The order of the sum
+// depends on the instruction set.
+void AccumulateMoments(const WeightMatrix& w, double* absolute, double* square);
+void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double* square);
 
 }  // namespace winnow

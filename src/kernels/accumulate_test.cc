@@ -36,5 +36,27 @@ TEST(Accumulate, EqualsTheReferenceOnEveryInstructionSet) {
   }
 }
 
+// 1e-6: squares are rounded to f32 before they are added, at random.
+TEST(Accumulate, MomentsOfWeightsInEveryType) {
+  for (const std::string& isa : SupportedIsas()) {
+    SelectIsa(isa);
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBF16, Dtype::kF16}) {
+      const size_t element = DtypeBits(dtype) / 8;
+      std::vector<std::byte> bytes(5 * 37 * element);
+      for (size_t i = 0; i < 5 * 37; ++i) {
+        const float value = static_cast<float>((i * 2654435761u) % 1000) * 0.002f - 1.0f;
+        StoreFloat(dtype, value, bytes.data(), i);
+      }
+      const WeightMatrix w{bytes.data(), 5, 37, dtype};
+      double absolute = 0, square = 0, want_absolute = 0, want_square = 0;
+      AccumulateMoments(w, &absolute, &square);
+      AccumulateMomentsReference(w, &want_absolute, &want_square);
+      EXPECT_GT(want_absolute, 10.0);
+      EXPECT_NEAR(absolute, want_absolute, 1e-6 * want_absolute) << isa;
+      EXPECT_NEAR(square, want_square, 1e-6 * want_square) << isa;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace winnow

@@ -48,6 +48,17 @@ float DotTarget(const float* a, const float* b, int64_t n) {
   return SumLanes(hn::Add(hn::Add(sums[0], sums[1]), hn::Add(sums[2], sums[3])));
 }
 
+float LargestMagnitudeTarget(const float* x, int64_t n) {
+  const DF d;
+  VF largest = hn::Zero(d);
+  ForVectors(
+      n, [&](size_t i) { largest = hn::Max(largest, hn::Abs(hn::LoadU(d, x + i))); },
+      [&](size_t i, size_t count) {
+        largest = hn::Max(largest, hn::Abs(LoadPartial(x + i, count)));
+      });
+  return hn::GetLane(hn::MaxOfLanes(d, largest));
+}
+
 void RmsNormTarget(const float* x, int64_t rows, int64_t n, int64_t ld_x, const float* weight,
                    float eps, float* y, int64_t ld_y) {
   const DF d;
@@ -227,6 +238,7 @@ namespace winnow {
 HWY_EXPORT(AccumulateDoubleTarget);
 HWY_EXPORT(AddScaledTarget);
 HWY_EXPORT(DotTarget);
+HWY_EXPORT(LargestMagnitudeTarget);
 HWY_EXPORT(LogSumExpTarget);
 HWY_EXPORT(RmsNormTarget);
 HWY_EXPORT(RopeHalfTarget);
@@ -243,6 +255,9 @@ void AddInPlace(float* x, const float* y, int64_t n) {
 }
 void AddScaled(float* x, float scale, const float* y, int64_t n) {
   HWY_DYNAMIC_DISPATCH(AddScaledTarget)(x, scale, y, n);
+}
+float LargestMagnitude(const float* x, int64_t n) {
+  return HWY_DYNAMIC_DISPATCH(LargestMagnitudeTarget)(x, n);
 }
 float Dot(const float* a, const float* b, int64_t n) {
   return HWY_DYNAMIC_DISPATCH(DotTarget)(a, b, n);

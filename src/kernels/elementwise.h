@@ -25,6 +25,9 @@ void AddScaled(float* x, float scale, const float* y, int64_t n);
 // out = a . b, f32 products summed in four vectors, then across lanes in a fixed order.
 float Dot(const float* a, const float* b, int64_t n);
 
+// The largest |x[i]|, 0 if n is 0.
+float LargestMagnitude(const float* x, int64_t n);
+
 // out[i] = silu(gate[i]) * up[i], as PackSwiGlu computes it.
 void SwiGlu(const float* gate, const float* up, int64_t n, float* out);
 

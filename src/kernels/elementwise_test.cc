@@ -76,6 +76,18 @@ TEST_P(ElementwiseTest, AddInPlaceRoundsOnce) {
   for (size_t i = 0; i < 100; ++i) EXPECT_EQ(sum[i], x[i] + y[i]);
 }
 
+TEST_P(ElementwiseTest, LargestMagnitudeOfEveryLength) {
+  for (const int64_t n : {0, 1, 7, 16, 33, 100}) {
+    std::vector<float> x(static_cast<size_t>(n));
+    float largest = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      x[i] = static_cast<float>((i * 2654435761u) % 1000) * 0.01f - 6.0f;
+      largest = std::max(largest, std::abs(x[i]));
+    }
+    EXPECT_EQ(LargestMagnitude(x.data(), n), largest) << n;
+  }
+}
+
 TEST_P(ElementwiseTest, DotStaysWithinTheRoundingBound) {
   for (const int64_t n : kSizes) {
     const std::vector<float> a = Normals(n, 1);

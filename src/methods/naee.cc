@@ -141,6 +141,7 @@ class Batch {
         output /= (used + epsilon_) * (used + epsilon_);
       }
       factor_[t] =
+          records.Weight(t) *
           TokenFactor(objective_, output, static_cast<double>(records.stream_norm_squared[t]));
       for (size_t i = 0; i < selections_.size(); ++i) {
         for (size_t j = 0; j < selections_[i].size(); ++j)
@@ -260,17 +261,24 @@ std::vector<double> SubsetLosses(const LayerStatsReader& records, const StatsInf
   Batch batch(info, objective, layer.num_experts, std::ssize(subsets.front()),
               records.has_target());
   TokenRecords tokens;
+  const std::vector<size_t> source_of_batch = info.BatchSources();
+  const std::vector<int64_t> batch_tokens = info.BatchTokens();
   int64_t first = 0;
-  for (const int64_t num_tokens : info.BatchTokens()) {
+  for (size_t b = 0; b < batch_tokens.size(); ++b) {
     control.Poll();
-    records.ReadTokens(first, num_tokens, tokens);
+    const double mix = info.sources[source_of_batch[b]].mix;
+    if (mix == 0) {
+      first += batch_tokens[b];
+      continue;
+    }
+    records.ReadTokens(first, batch_tokens[b], tokens);
     batch.Prepare(tokens, pool);
-    first += num_tokens;
+    first += batch_tokens[b];
     pool.Run(std::ssize(subsets), [&](int64_t i, int) {
       const auto at = static_cast<size_t>(i);
       std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts));
       for (const int32_t e : subsets[at]) gone[static_cast<size_t>(e)] = 1;
-      loss[at] += BatchLoss(objective, batch.SquaredError(subsets[at], gone));
+      loss[at] += mix * BatchLoss(objective, batch.SquaredError(subsets[at], gone));
     });
   }
   return loss;
@@ -352,6 +360,12 @@ void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
                     *info.progressive_keep, keep),
         "progressive pruning chooses while it observes: observe again with this --keep");
   }
+  for (const auto& [layer, experts] : options.guarded) {
+    if (std::ssize(experts) <= keep) continue;
+    throw UsageError(fmt::format("--keep {}: layer {} has {} experts with huge activations", keep,
+                                 layer, experts.size()),
+                     "keep more, or leave them without their guard: --no-guard");
+  }
   for (const StatsLayer& layer : info.layers) {
     if (keep >= layer.num_experts) {
       throw UsageError(fmt::format("--keep {}: layer {} has {} experts, so none would go", keep,
@@ -372,22 +386,63 @@ void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
 }
 
 double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control) {
-  return SubsetLosses(records, info, layer, NaeeObjective::kUnsquared,
-                      {OtherExperts(kept, layer.num_experts)}, pool, control)
+                const std::vector<int32_t>& kept, NaeeObjective objective, ThreadPool& pool,
+                const JobControl& control) {
+  return SubsetLosses(records, info, layer, objective, {OtherExperts(kept, layer.num_experts)},
+                      pool, control)
       .front();
+}
+
+std::vector<OutputLoss> LossOfOutput(const LayerStatsReader& records, const StatsInfo& info,
+                                     const StatsLayer& layer, const std::vector<int32_t>& kept,
+                                     ThreadPool& pool, const JobControl& control) {
+  const std::vector<int32_t> dropped = OtherExperts(kept, layer.num_experts);
+  std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts));
+  for (const int32_t e : dropped) gone[static_cast<size_t>(e)] = 1;
+  std::vector<OutputLoss> losses(info.sources.size());
+  Batch batch(info, NaeeObjective::kOutput, layer.num_experts, std::ssize(dropped),
+              records.has_target());
+  TokenRecords tokens;
+  const std::vector<size_t> source_of_batch = info.BatchSources();
+  const std::vector<int64_t> batch_tokens = info.BatchTokens();
+  int64_t first = 0;
+  for (size_t b = 0; b < batch_tokens.size(); ++b) {
+    control.Poll();
+    records.ReadTokens(first, batch_tokens[b], tokens);
+    first += batch_tokens[b];
+    OutputLoss& loss = losses[source_of_batch[b]];
+    for (size_t t = 0; t < static_cast<size_t>(tokens.num_tokens); ++t) {
+      loss.weight += tokens.Weight(t);
+    }
+    if (dropped.empty()) continue;
+    batch.Prepare(tokens, pool);
+    loss.sum += batch.SquaredError(dropped, gone);
+  }
+  return losses;
+}
+
+std::vector<int32_t> GuardedIn(const GuardedExperts& guarded, const StatsLayer& layer) {
+  const auto found = guarded.find(layer.layer);
+  return found == guarded.end() ? std::vector<int32_t>() : found->second;
 }
 
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,
                      const StatsLayer& layer, const NaeeOptions& options, ThreadPool& pool,
                      const JobControl& control) {
   if (ResolveSearch(options, layer) == SubsetSearch::kEliminate) {
-    const NaeeSet found = SearchNaee(records, info, layer, options.objective, options.keep,
-                                     options.memory_budget_bytes, pool, control);
+    const NaeeSet found = SearchNaee(
+        records, info, layer,
+        {options.objective, options.memory_budget_bytes, GuardedIn(options.guarded, layer)},
+        options.keep, pool, control);
     return MakeLayerPlan(layer, found.kept, found.loss, found.next_loss);
   }
-  const std::vector<std::vector<int32_t>> subsets =
+  std::vector<std::vector<int32_t>> subsets =
       Subsets(layer.num_experts, layer.num_experts - options.keep);
+  for (const int32_t guarded : GuardedIn(options.guarded, layer)) {
+    std::erase_if(subsets, [&](const std::vector<int32_t>& dropped) {
+      return std::binary_search(dropped.begin(), dropped.end(), guarded);
+    });
+  }
   const std::vector<double> loss =
       SubsetLosses(records, info, layer, options.objective, subsets, pool, control);
   size_t best = 0;

@@ -19,6 +19,7 @@
 #include "base/progress.h"           // JobControl
 #include "base/thread_pool.h"        // ThreadPool
 #include "methods/naee_objective.h"  // NaeeObjective
+#include "methods/super_experts.h"   // GuardedExperts
 #include "observe/layer_stats.h"     // LayerStatsReader
 #include "observe/stats_info.h"      // StatsInfo
 #include "plan/compression_plan.h"   // LayerPlan
@@ -38,6 +39,7 @@ struct NaeeOptions {
   SubsetSearch search = SubsetSearch::kAuto;
   NaeeObjective objective = NaeeObjective::kUnsquared;
   uint64_t memory_budget_bytes = 0;
+  GuardedExperts guarded = {};  // never dropped
 };
 // The search that kAuto stands for.
 SubsetSearch ResolveSearch(const NaeeOptions& options, const StatsLayer& layer);
@@ -51,9 +53,20 @@ uint64_t BinomialCoefficient(int64_t n, int64_t k);
 // statistics of another keep, enumeration of more than kMaxSubsets.
 void CheckNaee(const StatsInfo& info, const NaeeOptions& options);
 
-// The published loss of any set of survivors, e.g. one that another method chose.
+// The loss of any set of survivors, e.g. one that another method chose.
 double NaeeLoss(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                const std::vector<int32_t>& kept, ThreadPool& pool, const JobControl& control);
+                const std::vector<int32_t>& kept, NaeeObjective objective, ThreadPool& pool,
+                const JobControl& control);
+// What a set of survivors loses of the layer's output, by source: the sum over its tokens of
+// ||z - zhat||^2 / ||z||^2, and the weight of the tokens it is over.
+struct OutputLoss {
+  double sum = 0, weight = 0;
+};
+std::vector<OutputLoss> LossOfOutput(const LayerStatsReader& records, const StatsInfo& info,
+                                     const StatsLayer& layer, const std::vector<int32_t>& kept,
+                                     ThreadPool& pool, const JobControl& control);
+// The guarded experts of a layer.
+std::vector<int32_t> GuardedIn(const GuardedExperts& guarded, const StatsLayer& layer);
 
 // The survivors of one layer.
 LayerPlan ChooseNaee(const LayerStatsReader& records, const StatsInfo& info,

@@ -66,26 +66,34 @@ struct TokenView {
   }
 };
 
+std::vector<double> MixOfBatches(const StatsInfo& info) {
+  std::vector<double> mix;
+  for (const size_t source : info.BatchSources()) mix.push_back(info.sources[source].mix);
+  return mix;
+}
+
 class Searcher {
  public:
   Searcher(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-           NaeeObjective objective, uint64_t memory_bytes, ThreadPool& pool,
-           const JobControl& control)
+           const NaeeSearchOptions& options, ThreadPool& pool, const JobControl& control)
       : reader_(records),
-        objective_(objective),
+        objective_(options.objective),
         pool_(pool),
         control_(control),
         batch_tokens_(info.BatchTokens()),
+        batch_mix_(MixOfBatches(info)),
         experts_(layer.num_experts),
         k_(info.num_experts_per_tok),
         normalize_(info.norm_topk_prob),
         epsilon_(info.normalize_epsilon),
-        alive_(static_cast<size_t>(experts_), 1) {
+        alive_(static_cast<size_t>(experts_), 1),
+        guarded_(static_cast<size_t>(experts_), 0) {
+    for (const int32_t e : options.guarded) guarded_[static_cast<size_t>(e)] = 1;
     const int64_t tokens = info.num_tokens();
     const uint64_t record_bytes =
         static_cast<uint64_t>(tokens) *
         static_cast<uint64_t>(experts_ * (experts_ + 1) / 2 + 2 * experts_) * sizeof(float);
-    if (record_bytes <= memory_bytes) held_.resize(batch_tokens_.size());
+    if (record_bytes <= options.memory_bytes) held_.resize(batch_tokens_.size());
     const auto n = static_cast<size_t>(tokens), e = static_cast<size_t>(experts_),
                k = static_cast<size_t>(k_);
     order_.resize(n * e);
@@ -100,6 +108,11 @@ class Searcher {
     without_.resize(n * k);
     ForBatches([&](int64_t first, const TokenRecords& batch) {
       RunTasks(batch.num_tokens, [&](int64_t t, size_t) { PrepareToken(batch, t, first + t); });
+      double squared = 0;
+      for (int64_t t = first; t < first + batch.num_tokens; ++t) {
+        squared += factor_[static_cast<size_t>(t)] * target_norm_[static_cast<size_t>(t)];
+      }
+      whole_ += mix_ * BatchLoss(objective_, squared);
     });
   }
 
@@ -109,9 +122,10 @@ class Searcher {
       const std::vector<double> loss = RemovalLosses();
       int32_t best = -1;  // ties go to the lowest id, the lexicographically first set
       for (int32_t e = 0; e < experts_; ++e) {
-        if (!IsAlive(e)) continue;
+        if (!IsAlive(e) || IsGuarded(e)) continue;
         if (best < 0 || loss[static_cast<size_t>(e)] < loss[static_cast<size_t>(best)]) best = e;
       }
+      if (best < 0) return;  // all that are left are guarded
       loss_ = loss[static_cast<size_t>(best)];
       alive_[static_cast<size_t>(best)] = 0;
       ForBatches([&](int64_t first, const TokenRecords& batch) {
@@ -161,13 +175,13 @@ class Searcher {
       for (const int32_t e : survivors) {
         double squared = 0;
         for (size_t i = static_cast<size_t>(e); i < sums.size(); i += experts) squared += sums[i];
-        loss[static_cast<size_t>(e)] += BatchLoss(objective_, squared);
+        loss[static_cast<size_t>(e)] += mix_ * BatchLoss(objective_, squared);
       }
     });
     return loss;
   }
 
-  NaeeSet Result() const { return {Survivors(true), loss_, next_loss_}; }
+  NaeeSet Result() const { return {Survivors(true), loss_, next_loss_, whole_}; }
 
  private:
   struct Exchange {
@@ -179,6 +193,7 @@ class Searcher {
     return static_cast<size_t>(token * experts_ + column);
   }
   bool IsAlive(int32_t e) const { return alive_[static_cast<size_t>(e)] != 0; }
+  bool IsGuarded(int32_t e) const { return guarded_[static_cast<size_t>(e)] != 0; }
   std::vector<int32_t> Survivors(bool alive) const {
     std::vector<int32_t> found;
     for (int32_t e = 0; e < experts_; ++e) {
@@ -205,6 +220,7 @@ class Searcher {
       if (held_.empty() || records.num_tokens == 0) {
         reader_.ReadTokens(first, batch_tokens_[b], records);
       }
+      mix_ = batch_mix_[b];
       body(first, std::as_const(records));
       first += batch_tokens_[b];
     }
@@ -248,6 +264,7 @@ class Searcher {
     }
     left_[at] = 1.0;
     factor_[at] =
+        batch.Weight(static_cast<size_t>(t)) *
         TokenFactor(objective_, target_norm_[at],
                     static_cast<double>(batch.stream_norm_squared[static_cast<size_t>(t)]));
     Refresh(view, token);
@@ -303,7 +320,10 @@ class Searcher {
 
   // Of all pairs of a survivor and a dropped expert.
   Exchange BestExchange() {
-    const std::vector<int32_t> outs = Survivors(true), ins = Survivors(false);
+    std::vector<int32_t> outs = Survivors(true);
+    outs.erase(std::remove_if(outs.begin(), outs.end(), [&](int32_t e) { return IsGuarded(e); }),
+               outs.end());
+    const std::vector<int32_t> ins = Survivors(false);
     const size_t pairs = outs.size() * ins.size();
     std::vector<double> loss(pairs);
     ForBatches([&](int64_t first, const TokenRecords& batch) {
@@ -314,7 +334,7 @@ class Searcher {
       for (size_t pair = 0; pair < pairs; ++pair) {
         double squared = 0;
         for (size_t i = pair; i < sums.size(); i += pairs) squared += sums[i];
-        loss[pair] += BatchLoss(objective_, squared);
+        loss[pair] += mix_ * BatchLoss(objective_, squared);
       }
     });
     Exchange best;
@@ -386,10 +406,13 @@ class Searcher {
   ThreadPool& pool_;
   const JobControl& control_;
   std::vector<int64_t> batch_tokens_;
+  std::vector<double> batch_mix_;  // what a batch's loss is multiplied with
   int64_t experts_, k_;
   bool normalize_;
   double epsilon_;
+  double mix_ = 1;                  // of the batch at hand
   std::vector<uint8_t> alive_;      // [E]
+  std::vector<uint8_t> guarded_;    // [E]
   std::vector<TokenRecords> held_;  // one a batch; empty if they do not fit
   TokenRecords scratch_;
   // Of each token:
@@ -400,15 +423,15 @@ class Searcher {
   std::vector<int32_t> next_;                        // the survivor after them, -1: none
   std::vector<Form> form_;                           // of the selected
   std::vector<Form> without_;                        // [T, k]: one of them gone, the next used
-  double loss_ = 0, next_loss_ = kInfinity;
+  double loss_ = 0, next_loss_ = kInfinity, whole_ = 0;
 };
 
 }  // namespace
 
 std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo& info,
-                               const StatsLayer& layer, NaeeObjective objective, int64_t least,
-                               uint64_t memory_bytes, ThreadPool& pool, const JobControl& control) {
-  Searcher searcher(records, info, layer, objective, memory_bytes, pool, control);
+                               const StatsLayer& layer, const NaeeSearchOptions& options,
+                               int64_t least, ThreadPool& pool, const JobControl& control) {
+  Searcher searcher(records, info, layer, options, pool, control);
   std::vector<NaeeSet> curve;
   for (int64_t keep = layer.num_experts - 1; keep >= least; --keep) {
     searcher.Eliminate(keep);
@@ -419,9 +442,9 @@ std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo&
 }
 
 NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                   NaeeObjective objective, int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
+                   const NaeeSearchOptions& options, int64_t keep, ThreadPool& pool,
                    const JobControl& control) {
-  Searcher searcher(records, info, layer, objective, memory_bytes, pool, control);
+  Searcher searcher(records, info, layer, options, pool, control);
   searcher.Eliminate(keep);
   searcher.Swap();
   return searcher.Result();
@@ -430,7 +453,7 @@ NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const
 std::vector<double> RemovalLosses(const LayerStatsReader& records, const StatsInfo& info,
                                   const StatsLayer& layer, uint64_t memory_bytes, ThreadPool& pool,
                                   const JobControl& control) {
-  return Searcher(records, info, layer, NaeeObjective::kUnsquared, memory_bytes, pool, control)
+  return Searcher(records, info, layer, {.memory_bytes = memory_bytes}, pool, control)
       .RemovalLosses();
 }
 

@@ -19,11 +19,19 @@
 
 namespace winnow {
 
+struct NaeeSearchOptions {
+  NaeeObjective objective = NaeeObjective::kUnsquared;
+  // Records stay in memory if they fit into this, else they are read again for every step.
+  uint64_t memory_bytes = 0;
+  std::vector<int32_t> guarded = {};  // experts that are never dropped
+};
+
 struct NaeeSet {
   std::vector<int32_t> kept;  // ascending
   double loss = 0;
   // Least loss among the sets one exchange away.
   double next_loss = 0;
+  double whole = 0;  // the loss if the layer put out nothing
 };
 
 // Sets for every number of survivors from all experts but one down to `least`, in that order: each
@@ -31,13 +39,12 @@ struct NaeeSet {
 // most kMostPolished experts.
 inline constexpr int64_t kMostPolished = 32;
 std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo& info,
-                               const StatsLayer& layer, NaeeObjective objective, int64_t least,
-                               uint64_t memory_bytes, ThreadPool& pool, const JobControl& control);
+                               const StatsLayer& layer, const NaeeSearchOptions& options,
+                               int64_t least, ThreadPool& pool, const JobControl& control);
 
-// The best `keep` survivors that elimination and swaps find. Records stay in memory if they fit
-// into `memory_bytes`, else they are read again for every step.
+// The best `keep` survivors that elimination and swaps find.
 NaeeSet SearchNaee(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
-                   NaeeObjective objective, int64_t keep, uint64_t memory_bytes, ThreadPool& pool,
+                   const NaeeSearchOptions& options, int64_t keep, ThreadPool& pool,
                    const JobControl& control);
 
 // The published loss with each expert alone removed [E].

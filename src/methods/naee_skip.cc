@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <span>
@@ -18,15 +19,17 @@ constexpr int64_t kBins = 400;
 
 // One rank of one token that could be skipped.
 struct Rank {
-  float ratio = 0;  // p(i) / p(1)
-  float error = 0;  // what skipping it adds, once the ranks behind it are skipped; relative
+  float ratio = 0;   // p(i) / p(1)
+  float error = 0;   // what skipping it adds, once the ranks behind it are skipped; relative
+  float weight = 1;  // what its token counts for
 };
 
 // Consecutive ranks of a layer, by rising ratio, whose mean error is the price of skipping them.
 struct Step {
   size_t layer = 0;
   int64_t first = 0, count = 0;
-  double error = 0;  // of one of them
+  double weight = 0;  // of them all
+  double error = 0;   // mean
 };
 
 // p(i) / p(1) in f32, as the run-time rule sees it.
@@ -41,8 +44,20 @@ void Ratios(std::span<const float> logits, int64_t k, std::vector<int32_t>& orde
   }
 }
 
-// The median as NumPy and PyTorch's quantile give it: the mean of the two in the middle.
-double Median(std::vector<float>& values) {
+// The median as NumPy and PyTorch's quantile give it: the mean of the two in the middle. With
+// weights the first value that half of the weight does not exceed.
+double Median(std::vector<float>& values, const std::vector<double>& weights) {
+  if (std::adjacent_find(weights.begin(), weights.end(), std::not_equal_to<>()) != weights.end()) {
+    std::vector<size_t> order(values.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return values[a] < values[b]; });
+    double left = std::accumulate(weights.begin(), weights.end(), 0.0) / 2;
+    for (const size_t i : order) {
+      left -= weights[i];
+      if (left <= 0) return static_cast<double>(values[i]);
+    }
+  }
   const size_t half = values.size() / 2;
   std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(half),
                    values.end());
@@ -68,18 +83,23 @@ double MedianBeta(const LayerStatsReader& records, const StatsInfo& info, const 
   const int64_t k = info.num_experts_per_tok;
   std::vector<int32_t> order(experts);
   std::vector<float> ratios(static_cast<size_t>(k)), last;
+  std::vector<double> weights;
   RoutingRecords batch;
+  const std::vector<size_t> source_of_batch = info.BatchSources();
+  size_t next_batch = 0;
   int64_t first = 0;
   for (const int64_t num_tokens : info.BatchTokens()) {
     control.Poll();
+    const double mix = info.sources[source_of_batch[next_batch++]].mix;
     records.ReadRouting(first, num_tokens, batch);
     first += num_tokens;
     for (size_t t = 0; t < static_cast<size_t>(num_tokens); ++t) {
       Ratios(std::span(batch.router_logits).subspan(t * experts, experts), k, order, ratios);
       last.push_back(ratios.back());
+      weights.push_back(mix * batch.Weight(t));
     }
   }
-  return Median(last);
+  return Median(last, weights);
 }
 
 // The ranks 2..k of every token of a layer with their errors, by rising ratio.
@@ -91,9 +111,12 @@ std::vector<Rank> SortedRanks(const LayerStatsReader& records, const StatsInfo& 
   const size_t pairs = experts * (experts + 1) / 2;
   std::vector<Rank> ranks(static_cast<size_t>(info.num_tokens()) * (k - 1));
   TokenRecords batch;
+  const std::vector<size_t> source_of_batch = info.BatchSources();
+  size_t next_batch = 0;
   int64_t first = 0;
   for (const int64_t num_tokens : info.BatchTokens()) {
     control.Poll();
+    const double mix = info.sources[source_of_batch[next_batch++]].mix;
     records.ReadTokens(first, num_tokens, batch);
     constexpr int64_t kTokens = 64;
     pool.Run((num_tokens + kTokens - 1) / kTokens, [&](int64_t task, int) {
@@ -133,6 +156,7 @@ std::vector<Rank> SortedRanks(const LayerStatsReader& records, const StatsInfo& 
           Rank& rank = ranks[(static_cast<size_t>(first + t)) * (k - 1) + used - 1];
           rank.ratio = ratios[used];
           rank.error = static_cast<float>(error[used] - error[used + 1]);
+          rank.weight = static_cast<float>(mix * batch.Weight(at));
         }
       }
     });
@@ -150,19 +174,22 @@ void AddSteps(const std::vector<Rank>& ranks, size_t layer, std::vector<Step>& s
   for (int64_t bin = 0; bin < kBins; ++bin) {
     const int64_t first = n * bin / kBins, end = n * (bin + 1) / kBins;
     if (first == end) continue;
-    Step step{layer, first, end - first, 0};
+    Step step{layer, first, end - first, 0, 0};
     for (int64_t i = first; i < end; ++i) {
-      step.error += static_cast<double>(ranks[static_cast<size_t>(i)].error);
+      const Rank& rank = ranks[static_cast<size_t>(i)];
+      step.error += static_cast<double>(rank.weight) * static_cast<double>(rank.error);
+      step.weight += static_cast<double>(rank.weight);
     }
-    step.error /= static_cast<double>(step.count);
+    if (step.weight > 0) step.error /= step.weight;
     while (!rising.empty() && rising.back().error >= step.error) {
       const Step& before = rising.back();
-      const int64_t count = before.count + step.count;
-      step.error = (before.error * static_cast<double>(before.count) +
-                    step.error * static_cast<double>(step.count)) /
-                   static_cast<double>(count);
+      const double weight = before.weight + step.weight;
+      if (weight > 0) {
+        step.error = (before.error * before.weight + step.error * step.weight) / weight;
+      }
       step.first = before.first;
-      step.count = count;
+      step.count += before.count;
+      step.weight = weight;
       rising.pop_back();
     }
     rising.push_back(step);
@@ -225,7 +252,10 @@ std::vector<LayerPlan> ChooseNaeeSkip(const fs::path& stats, const StatsInfo& in
   if (!budget) return plans;
   std::stable_sort(steps.begin(), steps.end(),
                    [](const Step& a, const Step& b) { return a.error < b.error; });
-  const double tokens = static_cast<double>(info.num_tokens());
+  // What the tokens count for: each has a rank for every expert after its first.
+  double tokens = 0;
+  for (const Rank& rank : ranks.front()) tokens += static_cast<double>(rank.weight);
+  tokens /= static_cast<double>(info.num_experts_per_tok - 1);
   double skips = std::numeric_limits<double>::infinity();
   if (budget->active_experts) {
     skips = (static_cast<double>(info.num_experts_per_tok) - *budget->active_experts) * tokens *
@@ -235,13 +265,20 @@ std::vector<LayerPlan> ChooseNaeeSkip(const fs::path& stats, const StatsInfo& in
       budget->max_error ? *budget->max_error * tokens : std::numeric_limits<double>::infinity();
   std::vector<int64_t> skipped(ranks.size());
   for (const Step& step : steps) {
-    double count = std::min(static_cast<double>(step.count), skips);
-    if (step.error > 0) count = std::min(count, error / step.error);
-    const auto whole = static_cast<int64_t>(std::max(0.0, std::floor(count)));
-    skipped[step.layer] += whole;
-    skips -= static_cast<double>(whole);
-    error -= step.error * static_cast<double>(whole);
-    if (whole < step.count) break;
+    double allowed = skips;
+    if (step.error > 0) allowed = std::min(allowed, error / step.error);
+    double weight = 0;
+    int64_t count = 0;
+    for (; count < step.count; ++count) {
+      const Rank& rank = ranks[step.layer][static_cast<size_t>(step.first + count)];
+      const double next = weight + static_cast<double>(rank.weight);
+      if (next > allowed) break;
+      weight = next;
+    }
+    skipped[step.layer] += count;
+    skips -= weight;
+    error -= step.error * weight;
+    if (count < step.count) break;
   }
   for (size_t i = 0; i < plans.size(); ++i) {
     const std::vector<Rank>& layer = ranks[i];
@@ -253,7 +290,9 @@ std::vector<LayerPlan> ChooseNaeeSkip(const fs::path& stats, const StatsInfo& in
                                                static_cast<double>(layer[count].ratio)) /
                                                   2;
     double sum = 0;
-    for (size_t r = 0; r < count; ++r) sum += static_cast<double>(layer[r].error);
+    for (size_t r = 0; r < count; ++r) {
+      sum += static_cast<double>(layer[r].weight) * static_cast<double>(layer[r].error);
+    }
     plans[i].loss = sum / tokens;
   }
   return plans;

@@ -333,7 +333,7 @@ TEST_P(NaeeDefinition, TheCurveHoldsEveryNumberOfSurvivors) {
   const LayerStatsReader records(stats_, info, layer);
   ThreadPool pool(1);
   const int64_t least = info.num_experts_per_tok;
-  const auto curve = NaeeCurve(records, info, layer, NaeeObjective::kStream, least, 0, pool, {});
+  const auto curve = NaeeCurve(records, info, layer, {NaeeObjective::kStream}, least, pool, {});
   ASSERT_EQ(std::ssize(curve), layer.num_experts - least);
   double before = 0;
   for (size_t i = 0; i < curve.size(); ++i) {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "base/error.h"
@@ -10,8 +11,9 @@
 namespace winnow {
 
 std::span<const ScoreMethod* const> ScoreMethods() {
-  static constexpr const ScoreMethod* kAll[] = {&kFrequency, &kSeer, &kEan,  &kWeightedEan,
-                                                &kReap,      &kMan,  &kMsan, &kLeaveOneOut};
+  static constexpr const ScoreMethod* kAll[] = {&kFrequency, &kSeer,       &kEan,  &kWeightedEan,
+                                                &kReap,      &kMan,        &kMsan, &kEasyEp,
+                                                &kAimer,     &kLeaveOneOut};
   return kAll;
 }
 
@@ -41,7 +43,11 @@ void CheckScoreMethod(const ScoreMethod& method, const StatsInfo& info, int64_t 
   }
 }
 
-std::vector<int32_t> HighestScores(const std::vector<double>& scores, int64_t keep) {
+std::vector<int32_t> HighestScores(std::vector<double> scores, int64_t keep,
+                                   const std::vector<int32_t>& guarded) {
+  for (const int32_t e : guarded) {
+    scores[static_cast<size_t>(e)] = std::numeric_limits<double>::infinity();
+  }
   std::vector<int32_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
@@ -53,10 +59,10 @@ std::vector<int32_t> HighestScores(const std::vector<double>& scores, int64_t ke
 }
 
 std::vector<double> MeanOverTokens(const std::vector<double>& sums,
-                                   const std::vector<int64_t>& tokens) {
+                                   const std::vector<double>& tokens) {
   std::vector<double> mean(sums.size());
   for (size_t e = 0; e < sums.size(); ++e) {
-    if (tokens[e] > 0) mean[e] = sums[e] / static_cast<double>(tokens[e]);
+    if (tokens[e] > 0) mean[e] = sums[e] / tokens[e];
   }
   return mean;
 }

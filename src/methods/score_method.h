@@ -34,7 +34,8 @@ struct ScoreMethod {
   std::vector<double> (*score)(const ScoreInput& input);  // [E], higher is kept
 };
 
-extern const ScoreMethod kFrequency, kSeer, kEan, kWeightedEan, kReap, kMan, kMsan, kLeaveOneOut;
+extern const ScoreMethod kFrequency, kSeer, kEan, kWeightedEan, kReap, kMan, kMsan, kEasyEp, kAimer,
+    kLeaveOneOut;
 
 // Every criterion, in the order of their papers.
 std::span<const ScoreMethod* const> ScoreMethods();
@@ -44,11 +45,13 @@ const ScoreMethod* FindScoreMethod(const std::string& name);
 // UsageError if the statistics have less than the criterion needs, or too few experts would stay.
 void CheckScoreMethod(const ScoreMethod& method, const StatsInfo& info, int64_t keep);
 
-// The `keep` experts of highest score, ascending; ties go to the lower number.
-std::vector<int32_t> HighestScores(const std::vector<double>& scores, int64_t keep);
+// The `keep` experts of highest score, ascending; ties go to the lower number. `guarded` experts
+// come before all others.
+std::vector<int32_t> HighestScores(std::vector<double> scores, int64_t keep,
+                                   const std::vector<int32_t>& guarded = {});
 
 // sum / count, 0 for experts that no token used.
 std::vector<double> MeanOverTokens(const std::vector<double>& sums,
-                                   const std::vector<int64_t>& tokens);
+                                   const std::vector<double>& tokens);
 
 }  // namespace winnow

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "base/checked_math.h"
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
@@ -10,7 +12,7 @@ namespace winnow {
 namespace {
 
 std::string LayOut(std::vector<TensorInfo>& tensors) {
-  return LayOutSafetensors(tensors, {{"format", "winnow.stats/1"}});
+  return LayOutSafetensors(tensors, {{"format", "winnow.stats/2"}});
 }
 
 }  // namespace
@@ -32,9 +34,11 @@ std::vector<TensorInfo> LayerStatsLayout(const StatsInfo& info, const StatsLayer
         add(prefix + name, Dtype::kF64, {experts, hidden});
       }
     }
+    if (outputs) add(prefix + "largest_output", Dtype::kF64, {experts});
     if (info.level == StatsLevel::kFull) add(prefix + "output", Dtype::kF64, {experts, hidden});
     add(prefix + "tokens", Dtype::kI64, {experts});
   }
+  add("weight_flatness", Dtype::kF64, {experts});
   add("router_logits", Dtype::kF32, {tokens, experts});
   if (info.level == StatsLevel::kFull) {
     add("gram", Dtype::kF32, {tokens, experts * (experts + 1) / 2});
@@ -44,7 +48,11 @@ std::vector<TensorInfo> LayerStatsLayout(const StatsInfo& info, const StatsLayer
   }
   add("residual_norm_squared", Dtype::kF32, {tokens});
   add("stream_norm_squared", Dtype::kF32, {tokens});
-  if (outputs) add("residual_dot_routed", Dtype::kF32, {tokens});
+  if (outputs) {
+    add("residual_dot_routed", Dtype::kF32, {tokens});
+    add("routed_norm_squared", Dtype::kF32, {tokens});
+  }
+  if (info.token_weights) add("token_weight", Dtype::kF32, {tokens});
   if (info.progressive_keep) {
     add("target_dot", Dtype::kF32, {tokens, experts});
     add("target_norm_squared", Dtype::kF32, {tokens});
@@ -108,7 +116,8 @@ LayerStatsReader::LayerStatsReader(const fs::path& folder, const StatsInfo& info
     : file_(SafetensorsFile::Open(LayerStatsPath(folder, layer.layer))),
       num_sources_(info.sources.size()),
       num_experts_(layer.num_experts),
-      has_target_(info.progressive_keep.has_value()) {
+      has_target_(info.progressive_keep.has_value()),
+      has_weights_(info.token_weights) {
   for (const TensorInfo& expected : LayerStatsLayout(info, layer)) {
     const TensorInfo& found = file_.Get(expected.name);
     if (found.dtype != expected.dtype || found.shape != expected.shape) {
@@ -134,6 +143,7 @@ void LayerStatsReader::ReadTokens(int64_t first_token, int64_t num_tokens,
   ReadRows("router_logits", first_token, num_tokens, out.router_logits);
   ReadRows("gram", first_token, num_tokens, out.gram);
   ReadRows("stream_norm_squared", first_token, num_tokens, out.stream_norm_squared);
+  if (has_weights_) ReadRows("token_weight", first_token, num_tokens, out.token_weight);
   if (!has_target_) return;
   ReadRows("target_dot", first_token, num_tokens, out.target_dot);
   ReadRows("target_norm_squared", first_token, num_tokens, out.target_norm_squared);
@@ -143,9 +153,29 @@ void LayerStatsReader::ReadRouting(int64_t first_token, int64_t num_tokens,
                                    RoutingRecords& out) const {
   out.num_tokens = num_tokens;
   ReadRows("router_logits", first_token, num_tokens, out.router_logits);
-  out.selected_norm.clear();
+  if (has_weights_) ReadRows("token_weight", first_token, num_tokens, out.token_weight);
   if (file_.Find("selected_norm") == nullptr) return;
   ReadRows("selected_norm", first_token, num_tokens, out.selected_norm);
+  ReadRows("residual_norm_squared", first_token, num_tokens, out.residual_norm_squared);
+  ReadRows("residual_dot_routed", first_token, num_tokens, out.residual_dot_routed);
+  ReadRows("routed_norm_squared", first_token, num_tokens, out.routed_norm_squared);
+}
+
+std::vector<double> LayerStatsReader::LargestOutput() const {
+  if (file_.Find("selected_norm") == nullptr) return {};
+  std::vector<double> largest(static_cast<size_t>(num_experts_)), part(largest.size());
+  for (size_t s = 0; s < num_sources_; ++s) {
+    file_.Read(file_.Get(fmt::format("sums.{}.largest_output", s)),
+               std::as_writable_bytes(std::span(part)));
+    for (size_t e = 0; e < part.size(); ++e) largest[e] = std::max(largest[e], part[e]);
+  }
+  return largest;
+}
+
+std::vector<double> LayerStatsReader::WeightFlatness() const {
+  std::vector<double> flatness(static_cast<size_t>(num_experts_));
+  file_.Read(file_.Get("weight_flatness"), std::as_writable_bytes(std::span(flatness)));
+  return flatness;
 }
 
 std::vector<int64_t> LayerStatsReader::Coverage() const {

@@ -6,13 +6,17 @@
 //   selected_norm          F32 [T, k]  |f_e| of the selected experts, best first          (routed)
 //   residual_norm_squared  F32 [T]     |h|^2 of the stream before the block
 //   stream_norm_squared    F32 [T]     |h'|^2 after the block
-//   residual_dot_routed    F32 [T]     h . z
-//   target_dot             F32 [T, E]  f_e . z*, z* the intact model's routed output (progressive)
+//   residual_dot_routed    F32 [T]     h . z                                              (routed)
+//   routed_norm_squared    F32 [T]     |z|^2                                              (routed)
+//   token_weight           F32 [T]     what the token counts for, if the text has a mask
+//   target_dot             F32 [T, E]  f_e . z*, z* the target of progressive pruning
 //   target_norm_squared    F32 [T]     |z*|^2 (progressive)
 // Sums by source s, in F64 over tokens in order: sums.{s}.tokens I64 [E] (coverage),
 // sums.{s}.weight [E],
 //   sums.{s}.selected_output, .weighted_output, .squared_weight_output [E, hidden] (routed, full)
-//   and .output [E, hidden] (full).
+//   .largest_output [E], the largest |f| of one channel (routed, full), and .output [E, hidden]
+//   (full).
+// Of the weights: weight_flatness F64 [E], mean |w| / rms w over an expert's three matrices.
 // The layout is fixed when the file is created, so records are written where they belong while the
 // layer runs and nothing is held in memory.
 #pragma once
@@ -60,6 +64,11 @@ struct TokenRecords {
   std::vector<float> target_dot;           // [n, E], progressive only
   std::vector<float> target_norm_squared;  // [n], progressive only
   std::vector<float> stream_norm_squared;  // [n], of the residual stream after the layer
+  std::vector<float> token_weight;         // [n], empty: every token counts alike
+
+  double Weight(size_t token) const {
+    return token_weight.empty() ? 1.0 : static_cast<double>(token_weight[token]);
+  }
 };
 
 // What scores of single experts need, at every level of statistics.
@@ -67,6 +76,13 @@ struct RoutingRecords {
   int64_t num_tokens = 0;
   std::vector<float> router_logits;  // [n, E]
   std::vector<float> selected_norm;  // [n, k], best first; empty at level routing
+  // [n] |h|^2, h . z and |z|^2; empty at level routing
+  std::vector<float> residual_norm_squared, residual_dot_routed, routed_norm_squared;
+  std::vector<float> token_weight;  // [n], empty: every token counts alike
+
+  double Weight(size_t token) const {
+    return token_weight.empty() ? 1.0 : static_cast<double>(token_weight[token]);
+  }
 };
 
 class LayerStatsReader {
@@ -78,6 +94,9 @@ class LayerStatsReader {
   bool has_target() const { return has_target_; }
   // Tokens that selected each expert, over all sources [E].
   std::vector<int64_t> Coverage() const;
+  // The largest output of one channel of each expert, over all sources [E]; empty at level routing.
+  std::vector<double> LargestOutput() const;
+  std::vector<double> WeightFlatness() const;
   const SafetensorsFile& file() const { return file_; }
 
  private:
@@ -86,6 +105,7 @@ class LayerStatsReader {
   size_t num_sources_;
   int64_t num_experts_;
   bool has_target_;
+  bool has_weights_;
 };
 
 }  // namespace winnow

@@ -35,12 +35,31 @@ TokenSet JoinSources(const std::vector<SourceBlocks>& sources) {
   return tokens;
 }
 
+// What each token counts for, in the order of JoinSources; empty if no source has a mask.
+std::vector<float> JoinWeights(const std::vector<SourceBlocks>& sources) {
+  if (std::all_of(sources.begin(), sources.end(),
+                  [](const SourceBlocks& source) { return source.sequences.weights.empty(); })) {
+    return {};
+  }
+  std::vector<float> weights;
+  for (const SourceBlocks& source : sources) {
+    const std::vector<float>& own = source.sequences.weights;
+    if (own.empty()) {
+      weights.resize(weights.size() + source.sequences.ids.size(), 1.0f);
+    } else {
+      weights.insert(weights.end(), own.begin(), own.end());
+    }
+  }
+  return weights;
+}
+
 StatsSource DescribeSource(const SourceBlocks& blocks) {
   StatsSource source;
   source.name = blocks.name;
   Fingerprint fingerprint;
   fingerprint.Add(std::as_bytes(std::span(blocks.sequences.ids)));
   fingerprint.Add(std::as_bytes(std::span(blocks.sequences.offsets)));
+  fingerprint.Add(std::as_bytes(std::span(blocks.sequences.weights)));
   source.fingerprint = fingerprint.Hex();
   for (int64_t i = 0; i < blocks.sequences.size(); ++i) {
     const int64_t length = blocks.sequences.offsets[static_cast<size_t>(i) + 1] -
@@ -128,11 +147,12 @@ Progress LoadProgress(const fs::path& folder, const std::string& fingerprint, in
 // One observing run; owns the streams.
 class Observer {
  public:
-  Observer(const Model& model, const TokenSet& tokens, const ObserveOptions& options,
-           const ObservePlan& plan, const fs::path& folder, ThreadPool& pool,
-           const JobControl& control)
+  Observer(const Model& model, const TokenSet& tokens, std::vector<float> token_weights,
+           const ObserveOptions& options, const ObservePlan& plan, const fs::path& folder,
+           ThreadPool& pool, const JobControl& control)
       : model_(model),
         tokens_(tokens),
+        token_weights_(std::move(token_weights)),
         options_(options),
         plan_(plan),
         folder_(folder),
@@ -171,6 +191,7 @@ class Observer {
         progress.survivors.push_back(TwoStreamLayer(layer, weights, *stats));
       } else {
         LayerStatsWriter writer(folder_, plan_.info, *stats);
+        WriteOfLayer(weights, writer);
         StatsCollector collector(plan_.info, *stats, writer, pool_);
         sweep_.RunLayer(layer, weights, *intact_, &collector);
         collector.Finish();
@@ -214,13 +235,22 @@ class Observer {
     return nullptr;
   }
 
+  // What is known of a layer before a token goes through it.
+  void WriteOfLayer(const LayerWeights& weights, LayerStatsWriter& writer) const {
+    const std::vector<double> flatness = WeightFlatness(weights, pool_);
+    writer.WriteWhole("weight_flatness", std::as_bytes(std::span(flatness)));
+    if (plan_.info.token_weights) writer.WriteRecords("token_weight", 0, token_weights_);
+  }
+
   // methods.md 13.1: the intact stream gives the target z*, all experts run on the drifted stream's
   // input, the choice is made, and the drifted stream goes on with the survivors alone.
   std::vector<int32_t> TwoStreamLayer(int64_t layer, const LayerWeights& weights,
                                       const StatsLayer& stats) {
     const int64_t h = model_.config().hidden_size;
     LayerStatsWriter writer(folder_, plan_.info, stats);
+    WriteOfLayer(weights, writer);
     StatsCollector collector(plan_.info, stats, writer, pool_);
+    const bool repair = plan_.info.progressive_target == ProgressiveTarget::kRepairDrift;
     class KeepRouted : public MoeObserver {
      public:
       std::vector<float> routed;
@@ -240,7 +270,7 @@ class Observer {
                             {.layer = layer, .first_token = tile.first_token, .observer = &target},
                             n, intact);
       intact_->Store(tile.first_token, n);
-      collector.SetTarget(target.routed.data(), tile.first_token);
+      collector.SetTarget(repair ? intact : target.routed.data(), tile.first_token);
       float* drifted = drifted_->Load(tile.first_token, n);
       sweep_.RunAttention(weights, tile, drifted);
       sweep_.RunFeedForward(weights,
@@ -268,6 +298,7 @@ class Observer {
 
   const Model& model_;
   const TokenSet& tokens_;
+  std::vector<float> token_weights_;
   const ObserveOptions& options_;
   const ObservePlan& plan_;
   fs::path folder_;
@@ -293,6 +324,8 @@ StatsInfo MakeInfo(const Model& model, const std::vector<SourceBlocks>& sources,
   info.isa = ActiveIsa();
   info.batch = options.batch;
   info.progressive_keep = options.progressive_keep;
+  info.progressive_target = options.progressive_target;
+  info.token_weights = !JoinWeights(sources).empty();
   for (const SourceBlocks& source : sources) info.sources.push_back(DescribeSource(source));
   return info;
 }
@@ -319,6 +352,8 @@ MemoryPlan MakeMemoryPlan(const Model& model, const TokenSet& tokens, const Obse
              streams * HiddenStates::Bytes(spill ? tile : tokens.num_tokens(), h));
   if (info.progressive_keep) memory.Add("targets of a tile", HiddenStates::Bytes(tile, h));
   memory.Add("token ids", static_cast<uint64_t>(tokens.num_tokens()) * 8);
+  if (info.token_weights)
+    memory.Add("token weights", static_cast<uint64_t>(tokens.num_tokens()) * 8);
   memory.Add("work of a tile", LayerSweep::ScratchBytes(model, tokens, all, num_threads));
   memory.Add("statistics of a layer", StatsCollector::Bytes(info, experts, chunk));
   return memory;
@@ -362,7 +397,7 @@ ObserveResult RunObserve(const Model& model, const std::vector<SourceBlocks>& so
                    "the statistics");
   ObserveResult result;
   {
-    Observer observer(model, tokens, options, plan, folder, pool, control);
+    Observer observer(model, tokens, JoinWeights(sources), options, plan, folder, pool, control);
     result = observer.Run();
   }
   for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {

@@ -30,6 +30,7 @@ struct ObserveOptions {
   ComputePrecision compute = ComputePrecision::kF32;
   // Two-stream sweep: survivors per MoE layer; `choose` must be set too.
   std::optional<int64_t> progressive_keep = {};
+  ProgressiveTarget progressive_target = ProgressiveTarget::kPublished;
   ChooseSurvivors choose = {};
   bool resume = false;
   // The stream is saved when a layer ends at least this long after the last save.

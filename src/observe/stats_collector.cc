@@ -14,8 +14,23 @@ namespace winnow {
 struct StatsCollector::SourceSums {
   std::vector<int64_t> tokens;                                  // [E]
   std::vector<double> weight;                                   // [E]
+  std::vector<double> largest;                                  // [E]
   std::vector<double> selected, weighted, squared_weight, all;  // [E, hidden]
 };
+
+std::vector<double> WeightFlatness(const LayerWeights& weights, ThreadPool& pool) {
+  std::vector<double> flatness(weights.experts.size());
+  pool.Run(std::ssize(weights.experts), [&](int64_t e, int) {
+    const FeedForwardWeights& expert = weights.experts[static_cast<size_t>(e)];
+    double absolute = 0, square = 0, count = 0;
+    for (const WeightMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+      AccumulateMoments(*matrix, &absolute, &square);
+      count += static_cast<double>(matrix->rows) * static_cast<double>(matrix->cols);
+    }
+    flatness[static_cast<size_t>(e)] = square > 0 ? absolute / std::sqrt(count * square) : 0.0;
+  });
+  return flatness;
+}
 
 StatsCollector::StatsCollector(const StatsInfo& info, const StatsLayer& layer,
                                LayerStatsWriter& writer, ThreadPool& pool)
@@ -30,6 +45,7 @@ StatsCollector::StatsCollector(const StatsInfo& info, const StatsLayer& layer,
     sums.tokens.resize(experts);
     sums.weight.resize(experts);
     if (info.level != StatsLevel::kRouting) {
+      sums.largest.resize(experts);
       sums.selected.resize(matrix);
       sums.weighted.resize(matrix);
       sums.squared_weight.resize(matrix);
@@ -65,6 +81,7 @@ void StatsCollector::Records(const MoeTokens& m) {
   residual_.resize(n);
   stream_.resize(n);
   dots_.resize(outputs ? n : 0);
+  routed_.resize(outputs ? n : 0);
   norms_.resize(outputs ? n * static_cast<size_t>(k) : 0);
   gram_.resize(full ? n * static_cast<size_t>(pairs) : 0);
   target_dot_.resize(target_ != nullptr ? n * static_cast<size_t>(experts) : 0);
@@ -79,7 +96,11 @@ void StatsCollector::Records(const MoeTokens& m) {
       residual_[at] = Dot(residual, residual, h);
       // |h + y|^2 from three dots: the sum itself is not stored anywhere yet.
       stream_[at] = residual_[at] + 2 * Dot(residual, output, h) + Dot(output, output, h);
-      if (outputs) dots_[at] = Dot(residual, m.routed + t * h, h);
+      if (outputs) {
+        const float* routed = m.routed + t * h;
+        dots_[at] = Dot(residual, routed, h);
+        routed_[at] = Dot(routed, routed, h);
+      }
       const float* f = full ? m.expert_outputs + t * experts * h : nullptr;
       if (full) GramUpper(f, experts, h, h, gram_.data() + t * pairs);
       for (int64_t i = 0; outputs && i < k; ++i) {
@@ -89,6 +110,15 @@ void StatsCollector::Records(const MoeTokens& m) {
       }
       if (target_ == nullptr) continue;
       const float* target = target_ + (m.first_token + t - target_first_) * h;
+      std::vector<float> repair;
+      if (info_.progressive_target == ProgressiveTarget::kRepairDrift) {
+        // h'* - h - s, s being the part of the output that is not routed.
+        repair.assign(target, target + h);
+        for (int64_t i = 0; i < h; ++i) {
+          repair[static_cast<size_t>(i)] -= residual[i] + (output[i] - m.routed[t * h + i]);
+        }
+        target = repair.data();
+      }
       target_norm_[at] = Dot(target, target, h);
       for (int64_t e = 0; e < experts; ++e) {
         target_dot_[static_cast<size_t>(t * experts + e)] = Dot(f + e * h, target, h);
@@ -101,6 +131,7 @@ void StatsCollector::Records(const MoeTokens& m) {
   writer_.WriteRecords("stream_norm_squared", m.first_token, stream_);
   if (outputs) {
     writer_.WriteRecords("residual_dot_routed", m.first_token, dots_);
+    writer_.WriteRecords("routed_norm_squared", m.first_token, routed_);
     writer_.WriteRecords("selected_norm", m.first_token, norms_);
   }
   if (full) writer_.WriteRecords("gram", m.first_token, gram_);
@@ -135,6 +166,8 @@ void StatsCollector::Sums(const MoeTokens& m) {
         const float* row = m.expert_outputs != nullptr
                                ? m.expert_outputs + (slot / k * experts + e) * h
                                : m.selected_outputs + slot * h;
+        sums.largest[expert] =
+            std::max(sums.largest[expert], static_cast<double>(LargestMagnitude(row, h)));
         AccumulateWeighted(sums.selected.data() + e * h, sums.weighted.data() + e * h,
                            sums.squared_weight.data() + e * h, w, row, h);
       }
@@ -150,6 +183,7 @@ void StatsCollector::Finish() {
     writer_.WriteWhole(prefix + "tokens", std::as_bytes(std::span(sums.tokens)));
     writer_.WriteWhole(prefix + "weight", std::as_bytes(std::span(sums.weight)));
     if (!sums.selected.empty()) {
+      writer_.WriteWhole(prefix + "largest_output", std::as_bytes(std::span(sums.largest)));
       writer_.WriteWhole(prefix + "selected_output", std::as_bytes(std::span(sums.selected)));
       writer_.WriteWhole(prefix + "weighted_output", std::as_bytes(std::span(sums.weighted)));
       writer_.WriteWhole(prefix + "squared_weight_output",
@@ -164,10 +198,10 @@ void StatsCollector::Finish() {
 uint64_t StatsCollector::Bytes(const StatsInfo& info, int64_t max_experts, int64_t chunk_tokens) {
   const auto experts = static_cast<uint64_t>(max_experts);
   const auto chunk = static_cast<uint64_t>(chunk_tokens);
-  uint64_t floats = chunk * (4 + static_cast<uint64_t>(info.num_experts_per_tok));
+  uint64_t floats = chunk * (5 + static_cast<uint64_t>(info.num_experts_per_tok));
   if (info.level == StatsLevel::kFull) floats += chunk * experts * (experts + 1) / 2;
   if (info.progressive_keep) floats += chunk * (experts + 1);
-  uint64_t doubles = experts * 2;
+  uint64_t doubles = experts * 3;
   if (info.level == StatsLevel::kRouted)
     doubles += experts * static_cast<uint64_t>(info.hidden_size) * 3;
   if (info.level == StatsLevel::kFull)

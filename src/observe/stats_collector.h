@@ -6,12 +6,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "base/thread_pool.h"      // ThreadPool
-#include "forward/moe_observer.h"  // MoeObserver
-#include "observe/layer_stats.h"   // LayerStatsWriter
-#include "observe/stats_info.h"    // StatsInfo
+#include "base/thread_pool.h"       // ThreadPool
+#include "forward/moe_observer.h"   // MoeObserver
+#include "observe/layer_stats.h"    // LayerStatsWriter
+#include "observe/stats_info.h"     // StatsInfo
+#include "weights/layer_weights.h"  // LayerWeights
 
 namespace winnow {
+
+// mean |w| / rms w of each expert's weights, gate, up and down together [E].
+std::vector<double> WeightFlatness(const LayerWeights& weights, ThreadPool& pool);
 
 class StatsCollector : public MoeObserver {
  public:
@@ -23,8 +27,9 @@ class StatsCollector : public MoeObserver {
   bool WantsSelectedOutputs() const override { return info_.level == StatsLevel::kRouted; }
   void OnTokens(const MoeTokens& tokens) override;
 
-  // Progressive runs: the intact model's routed output z* [n, hidden] of tokens from `first_token`
-  // on. Valid until the next call; must cover what OnTokens sees.
+  // Progressive runs: [n, hidden] of tokens from `first_token` on, the intact model's routed output
+  // z*, or its stream behind the layer if the target repairs drift. Valid until the next call; must
+  // cover what OnTokens sees.
   void SetTarget(const float* target, int64_t first_token);
   // Writes the sums and finishes the file.
   void Finish();
@@ -43,7 +48,7 @@ class StatsCollector : public MoeObserver {
   const float* target_ = nullptr;
   int64_t target_first_ = 0;
   std::vector<int64_t> source_end_;  // token index behind each source
-  std::vector<float> gram_, norms_, residual_, stream_, dots_, target_dot_, target_norm_;
+  std::vector<float> gram_, norms_, residual_, stream_, dots_, routed_, target_dot_, target_norm_;
   std::vector<SourceSums> sums_;
 };
 

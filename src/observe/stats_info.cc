@@ -9,7 +9,7 @@
 namespace winnow {
 namespace {
 
-constexpr const char* kSchema = "winnow.stats/1";
+constexpr const char* kSchema = "winnow.stats/2";
 constexpr int64_t kMaxCount = int64_t{1} << 40;  // tokens, bytes of a plausible run
 
 class Fields {
@@ -93,6 +93,15 @@ std::vector<int64_t> StatsInfo::BatchTokens() const {
   return batches;
 }
 
+std::vector<size_t> StatsInfo::BatchSources() const {
+  std::vector<size_t> of_batch;
+  for (size_t s = 0; s < sources.size(); ++s) {
+    of_batch.resize(
+        of_batch.size() + static_cast<size_t>((sources[s].num_sequences + batch - 1) / batch), s);
+  }
+  return of_batch;
+}
+
 OrderedJson StatsInfoToJson(const StatsInfo& info) {
   OrderedJson sources = OrderedJson::array(), layers = OrderedJson::array();
   for (const StatsSource& source : info.sources) {
@@ -127,8 +136,13 @@ OrderedJson StatsInfoToJson(const StatsInfo& info) {
                       {"batch", info.batch},
                       {"progressive_keep",
                        info.progressive_keep ? OrderedJson(*info.progressive_keep) : OrderedJson()},
+                      {"token_weights", info.token_weights},
                       {"sources", sources},
                       {"layers", layers}};
+  if (info.progressive_keep) {
+    json["progressive_target"] =
+        info.progressive_target == ProgressiveTarget::kRepairDrift ? "repair-drift" : "published";
+  }
   return json;
 }
 
@@ -155,7 +169,13 @@ StatsInfo StatsInfoFromJson(const Json& json, const std::string& where) {
   info.batch = root.Integer("batch", 1, kMaxCount);
   if (!root.At("progressive_keep").is_null()) {
     info.progressive_keep = root.Integer("progressive_keep", 1, 65536);
+    const std::string target = root.Text("progressive_target");
+    if (target != "published" && target != "repair-drift") {
+      root.Fail("progressive_target", "\"published\" or \"repair-drift\"");
+    }
+    if (target == "repair-drift") info.progressive_target = ProgressiveTarget::kRepairDrift;
   }
+  info.token_weights = root.Flag("token_weights");
   int64_t total = 0;
   for (const Json& item : root.List("sources")) {
     const Fields fields(item, where + ": sources");

@@ -13,6 +13,10 @@
 
 namespace winnow {
 
+// What progressive pruning compares a layer of the pruned stream with: the intact routed output as
+// published, or what brings the stream back to the intact one, h'* - h - s (methods.md 13.1).
+enum class ProgressiveTarget : uint8_t { kPublished, kRepairDrift };
+
 // How much is gathered: routing only; also the outputs of the experts each token used; or the
 // outputs of every expert on every token (Gram matrices, needed by NAEE).
 enum class StatsLevel : uint8_t { kRouting, kRouted, kFull };
@@ -27,6 +31,8 @@ struct StatsSource {
   int64_t num_tokens = 0;
   // Tokens of each sequence, run-length coded [length, repeats]: batches are cut from them.
   std::vector<std::pair<int64_t, int64_t>> lengths;
+  // What plans multiply the source's sums with (plan --mix). Not a part of stats.json.
+  double mix = 1;
 };
 
 struct StatsLayer {
@@ -53,12 +59,17 @@ struct StatsInfo {
   std::string isa;
   int64_t batch = 8;                        // sequences in one batch of the published loss
   std::optional<int64_t> progressive_keep;  // set if gathered by the two-stream sweep
+  ProgressiveTarget progressive_target = ProgressiveTarget::kPublished;
+  // The text has a mask: some tokens count less than others, or nothing. Off: plans count all.
+  bool token_weights = false;
   std::vector<StatsSource> sources;
   std::vector<StatsLayer> layers;  // MoE layers, ascending
 
   int64_t num_tokens() const;
   // Token counts of the batches, in order; batches never straddle sources.
   std::vector<int64_t> BatchTokens() const;
+  // The source of each batch, as an index.
+  std::vector<size_t> BatchSources() const;
 };
 
 OrderedJson StatsInfoToJson(const StatsInfo& info);

@@ -84,7 +84,7 @@ TEST(StatsInfo, RefusesImplausibleValues) {
     json.at(Json::json_pointer(pointer)) = value;
     EXPECT_FALSE(Refusal(json).empty()) << pointer << " " << value;
   };
-  expect_refused("/schema", "winnow.stats/2");
+  expect_refused("/schema", "winnow.stats/1");
   expect_refused("/level", "everything");
   expect_refused("/batch", 0);
   expect_refused("/batch", 2.5);

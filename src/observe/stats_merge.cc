@@ -89,7 +89,9 @@ void MergeStats(const std::vector<fs::path>& parts, const fs::path& output,
       control.Poll();
       const LayerStatsReader reader(parts[p], infos[p], layer);
       for (const TensorInfo& tensor : reader.file().tensors()) {
-        if (tensor.name.rfind("sums.", 0) != 0) {
+        if (tensor.name == "weight_flatness") {  // of the model, the same in every part
+          if (p == 0) CopyTensor(reader.file(), tensor.name, tensor.name, 0, writer);
+        } else if (tensor.name.rfind("sums.", 0) != 0) {
           const uint64_t row_bytes = tensor.shape[0] == 0 ? 0 : tensor.bytes / tensor.shape[0];
           CopyTensor(reader.file(), tensor.name, tensor.name,
                      static_cast<uint64_t>(first_token) * row_bytes, writer);

@@ -92,6 +92,28 @@ LayerPlan LayerFromJson(const Json& json, const std::string& where) {
   return layer;
 }
 
+std::vector<std::pair<std::string, double>> NamedNumbersOr(const Json& json,
+                                                           const std::string& where,
+                                                           const char* key) {
+  std::vector<std::pair<std::string, double>> numbers;
+  const auto it = json.find(key);
+  if (it == json.end()) return numbers;
+  if (!it->is_object()) Fail(where, key, "an object of numbers");
+  for (const auto& [name, value] : it->items()) {
+    if (!value.is_number()) Fail(where, key, "an object of numbers");
+    numbers.emplace_back(name, value.get<double>());
+  }
+  return numbers;
+}
+
+// By name, so that a plan that was read is written with the same bytes.
+OrderedJson NamedNumbersToJson(std::vector<std::pair<std::string, double>> numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  OrderedJson json = OrderedJson::object();
+  for (const auto& [name, value] : numbers) json[name] = value;
+  return json;
+}
+
 bool StrictlyAscending(const std::vector<int32_t>& list) {
   return std::adjacent_find(list.begin(), list.end(), std::greater_equal<>()) == list.end();
 }
@@ -124,14 +146,21 @@ OrderedJson PlanToJson(const CompressionPlan& plan) {
                       {"margin", layer.margin ? OrderedJson(*layer.margin) : OrderedJson()}});
     if (layer.beta) layers.back()["beta"] = *layer.beta;
   }
+  OrderedJson calibration = {{"sources", plan.sources}, {"tokens", plan.calibration_tokens}};
+  if (!plan.mix.empty()) calibration["mix"] = NamedNumbersToJson(plan.mix);
+  OrderedJson predicted = {{"bytes_before", plan.bytes_before}, {"bytes_after", plan.bytes_after}};
+  if (plan.output_loss) {
+    predicted["output_loss"] = *plan.output_loss;
+    predicted["output_loss_by_source"] = NamedNumbersToJson(plan.output_loss_by_source);
+  }
   return {{"schema", kSchema},
           {"method", plan.method},
           {"search", plan.search},
           {"objective", plan.objective},
           {"target", plan.target},
           {"model", {{"model_type", plan.model_type}, {"fingerprint", plan.model_fingerprint}}},
-          {"calibration", {{"sources", plan.sources}, {"tokens", plan.calibration_tokens}}},
-          {"predicted", {{"bytes_before", plan.bytes_before}, {"bytes_after", plan.bytes_after}}},
+          {"calibration", calibration},
+          {"predicted", predicted},
           {"layers", layers}};
 }
 
@@ -152,7 +181,8 @@ CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
   plan.model_fingerprint = TextOr(json["model"], where, "fingerprint");
   if (json.contains("calibration")) {
     const Json& calibration = json["calibration"];
-    RefuseUnknownKeys(calibration, where + ": calibration", {"sources", "tokens"});
+    RefuseUnknownKeys(calibration, where + ": calibration", {"sources", "tokens", "mix"});
+    plan.mix = NamedNumbersOr(calibration, where, "mix");
     if (calibration.contains("sources")) {
       for (const Json& name : calibration["sources"]) {
         if (!name.is_string()) Fail(where, "calibration.sources", "a list of names");
@@ -163,7 +193,10 @@ CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
   }
   if (json.contains("predicted")) {
     const Json& predicted = json["predicted"];
-    RefuseUnknownKeys(predicted, where + ": predicted", {"bytes_before", "bytes_after"});
+    RefuseUnknownKeys(predicted, where + ": predicted",
+                      {"bytes_before", "bytes_after", "output_loss", "output_loss_by_source"});
+    plan.output_loss = NumberOr(predicted, where, "output_loss");
+    plan.output_loss_by_source = NamedNumbersOr(predicted, where, "output_loss_by_source");
     plan.bytes_before = static_cast<uint64_t>(IntegerOr(predicted, where, "bytes_before", 0));
     plan.bytes_after = static_cast<uint64_t>(IntegerOr(predicted, where, "bytes_after", 0));
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/json.h"    // Json, OrderedJson
@@ -42,6 +43,12 @@ struct CompressionPlan {
   std::string target;                // loader the result must satisfy
   std::vector<std::string> sources;  // names of the calibration texts
   int64_t calibration_tokens = 0;
+  // Factors of the texts' sums by name (plan --mix); empty: 1 each.
+  std::vector<std::pair<std::string, double>> mix = {};
+  // Mean of ||z - zhat||^2 / ||z||^2 over tokens and layers, z the routed output: what is lost of
+  // it, in all and on each text.
+  std::optional<double> output_loss = {};
+  std::vector<std::pair<std::string, double>> output_loss_by_source = {};
   uint64_t bytes_before = 0, bytes_after = 0;  // of the weights
   std::vector<LayerPlan> layers;               // MoE layers, ascending
 };

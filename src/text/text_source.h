@@ -2,7 +2,8 @@
 //
 //   prose.txt, prose.txt.xz, .zst, .gz   a line `<|endoftext|>` ends a document and is not text
 //   code.jsonl (same suffixes)           one JSON object a line; the text is in `field`
-//   ids.safetensors                      `input_ids` I32/I64 [n, T], or [N] with `offsets` [n+1]
+//   ids.safetensors                      `input_ids` I32/I64 [n, T], or [N] with `offsets` [n+1];
+//                                        `mask` of the same shape: what each token counts for
 //
 // A source may carry a share of the blocks behind a colon: `prose.txt.xz:2` (default 1).
 // Reads in a stream: a 10 GB file costs a buffer. Throws UsageError (unknown kind, bad share),
@@ -38,11 +39,14 @@ void ReadDocuments(const TextSource& source, const std::string& field,
 
 // Token sequences read from an id file. Rows of different length are possible ([N] + offsets).
 struct TokenSequences {
-  std::vector<int32_t> ids;      // all rows joined
-  std::vector<int64_t> offsets;  // [n + 1]
+  std::vector<int32_t> ids;         // all rows joined
+  std::vector<int64_t> offsets;     // [n + 1]
+  std::vector<float> weights = {};  // of each token, from `mask`; empty: every token counts alike
   int64_t size() const { return static_cast<int64_t>(offsets.size()) - 1; }
 };
-// ModelError if ids are negative or do not fit 32 bits, or offsets do not rise from 0 to N.
+// ModelError if ids are negative or do not fit 32 bits, offsets do not rise from 0 to N, or a
+// `mask` [as input_ids] (BOOL, U8, I32, I64 or F32: what each token counts for) is negative or not
+// finite.
 TokenSequences ReadTokenIds(const fs::path& path);
 
 }  // namespace winnow

@@ -285,5 +285,35 @@ TEST_F(TokenIdsTest, Refusals) {
               HasSubstr("no tensor input_ids"));
 }
 
+// `mask`: what each token counts for, in any type that has numbers or truth values.
+TEST_F(TokenIdsTest, MasksWeighTokens) {
+  const std::vector<int32_t> ids = {1, 2, 3, 4};
+  const auto write = [&](Dtype dtype, auto mask, std::vector<uint64_t> shape) {
+    const std::vector<TensorData> tensors = {
+        {"input_ids", Dtype::kI32, {2, 2}, std::as_bytes(std::span(std::as_const(ids)))},
+        {"mask", dtype, std::move(shape), std::as_bytes(std::span(std::as_const(mask)))}};
+    WriteSafetensors(folder_.path() / "ids.safetensors", tensors);
+    return [&] { return ReadTokenIds(folder_.path() / "ids.safetensors"); };
+  };
+  EXPECT_THAT(write(Dtype::kU8, std::vector<uint8_t>{0, 1, 1, 0}, {2, 2})().weights,
+              ElementsAre(0, 1, 1, 0));
+  EXPECT_THAT(write(Dtype::kBool, std::vector<uint8_t>{0, 1, 1, 0}, {2, 2})().weights,
+              ElementsAre(0, 1, 1, 0));
+  EXPECT_THAT(write(Dtype::kI64, std::vector<int64_t>{3, 0, 0, 1}, {2, 2})().weights,
+              ElementsAre(3, 0, 0, 1));
+  EXPECT_THAT(write(Dtype::kF32, std::vector<float>{0.5f, 0, 0, 1}, {2, 2})().weights,
+              ElementsAre(0.5f, 0, 0, 1));
+  EXPECT_THAT(ModelErrorOf(write(Dtype::kF32, std::vector<float>{-1, 0, 0, 1}, {2, 2})),
+              HasSubstr("mask[0]"));
+  EXPECT_THAT(ModelErrorOf(write(Dtype::kF32, std::vector<float>{NAN, 0, 0, 1}, {2, 2})),
+              HasSubstr("mask[0]"));
+  EXPECT_THAT(ModelErrorOf(write(Dtype::kU8, std::vector<uint8_t>{0, 0, 0, 0}, {2, 2})),
+              HasSubstr("counts no token"));
+  EXPECT_THAT(ModelErrorOf(write(Dtype::kU8, std::vector<uint8_t>{0, 1, 1, 0}, {4})),
+              HasSubstr("mask"));
+  EXPECT_THAT(ModelErrorOf(write(Dtype::kF16, std::vector<uint16_t>{0, 1, 1, 0}, {2, 2})),
+              HasSubstr("mask"));
+}
+
 }  // namespace
 }  // namespace winnow

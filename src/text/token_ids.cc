@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr char kIds[] = "input_ids";
 constexpr char kOffsets[] = "offsets";
+constexpr char kMask[] = "mask";
 constexpr char kHint[] = "expected input_ids I32 or I64 [n, T], or [N] with offsets [n + 1]";
 
 // Calls body(position, value) for each integer, a buffer at a time.
@@ -45,6 +47,39 @@ void ForEachInteger(const SafetensorsFile& file, const TensorInfo& tensor, Body 
   }
 }
 
+// What each token counts for, e.g. 1 for those of answers and 0 for the rest.
+std::vector<float> ReadMask(const SafetensorsFile& file, const TensorInfo& mask,
+                            const TensorInfo& ids) {
+  const std::string where = file.path().string();
+  if (mask.shape != ids.shape) {
+    throw ModelError(
+        fmt::format("{}: {} is {}, {} is {}", where, kMask, mask.Describe(), kIds, ids.Describe()),
+        "a mask has one number for each token id");
+  }
+  std::vector<float> weights;
+  if (mask.dtype == Dtype::kF32) {
+    weights.resize(static_cast<size_t>(mask.bytes / sizeof(float)));
+    file.Read(mask, std::as_writable_bytes(std::span(weights)));
+  } else if (mask.dtype == Dtype::kU8 || mask.dtype == Dtype::kBool) {
+    std::vector<uint8_t> bytes(static_cast<size_t>(mask.bytes));
+    file.Read(mask, std::as_writable_bytes(std::span(bytes)));
+    weights.assign(bytes.begin(), bytes.end());
+  } else {
+    ForEachInteger(file, mask,
+                   [&](int64_t, int64_t value) { weights.push_back(static_cast<float>(value)); });
+  }
+  double total = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!(weights[i] >= 0) || !std::isfinite(weights[i])) {
+      throw ModelError(
+          fmt::format("{}: {}[{}] is {}, expected a number from 0", where, kMask, i, weights[i]));
+    }
+    total += static_cast<double>(weights[i]);
+  }
+  if (!(total > 0)) throw ModelError(fmt::format("{}: {} counts no token", where, kMask));
+  return weights;
+}
+
 }  // namespace
 
 TokenSequences ReadTokenIds(const fs::path& path) {
@@ -71,6 +106,7 @@ TokenSequences ReadTokenIds(const fs::path& path) {
     }
     result.ids.push_back(static_cast<int32_t>(id));
   });
+  if (const TensorInfo* mask = file.Find(kMask)) result.weights = ReadMask(file, *mask, *ids);
   if (offsets == nullptr) {
     const auto row = static_cast<int64_t>(ids->shape[1]);
     for (int64_t offset = 0; offset <= count; offset += row) result.offsets.push_back(offset);
