@@ -2,7 +2,9 @@
 // published models, and the same with all experts and statistics as `winnow observe --stats full`
 // does it. Rates count every matrix product and are printed as shares of the best rate a library
 // (OpenBLAS, oneDNN) reaches on the experts' shapes in the same run: in f32, and in bf16 on CPUs
-// that multiply pairs of bf16.
+// that multiply pairs of bf16. Beside them: what observing takes of the time of running all experts
+// and gathering nothing; and what skipping experts (naee_skip.h) leaves of the experts' time,
+// beside the share of experts that still run.
 //
 //   layer_bench [--threads=N] [--rounds=N] [--only=WORD]
 #include <cblas.h>
@@ -137,6 +139,40 @@ double LibraryRate(const Shape& s, ComputePrecision precision, int threads, int 
   return best;
 }
 
+// Makes all experts run and looks at nothing.
+class AllExperts : public MoeObserver {
+ public:
+  bool WantsExpertOutputs() const override { return true; }
+  void OnTokens(const MoeTokens&) override {}
+};
+
+// Seconds of the feed-forward block alone, without and with experts below `beta` of the best
+// skipped, and the share of experts that run.
+struct Skipping {
+  double all = 1e30, some = 1e30, experts = 0;
+};
+Skipping MeasureSkipping(const SyntheticLayer& layer, const float* start, double beta,
+                         ComputePrecision precision, ThreadPool& pool, int threads, int rounds) {
+  const auto size = static_cast<size_t>(kTokens * layer.config.hidden_size);
+  AlignedBuffer<float> hidden(size);
+  Skipping result;
+  for (int round = 0; round < rounds; ++round) {
+    for (const bool skips : {false, true}) {
+      FeedForwardBlock feed_forward(layer.config, pool, precision);
+      if (skips) feed_forward.SetSkipping({beta});
+      std::memcpy(hidden.data(), start, hidden.size_bytes());
+      const double seconds = SecondsOf(
+          [&] { feed_forward.Run(layer.weights, {}, kTokens, hidden.data()); }, threads == 1);
+      double& best = skips ? result.some : result.all;
+      best = std::min(best, seconds);
+      if (!skips) continue;
+      result.experts = static_cast<double>(feed_forward.skip_counts().experts[0]) /
+                       static_cast<double>(kTokens * layer.config.num_experts_per_tok);
+    }
+  }
+  return result;
+}
+
 void Bench(const Shape& shape, ComputePrecision precision, int threads, int rounds) {
   ThreadPool pool(threads);
   SyntheticLayer layer(shape);
@@ -159,7 +195,7 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
   info.layers = {{0, shape.experts, 0}};
   const fs::path folder = fs::temp_directory_path() / "winnow-layer-bench";
   fs::create_directories(folder);
-  double best_layer = 1e30, best_observe = 1e30, library = 0;
+  double best_layer = 1e30, best_observe = 1e30, best_all = 1e30, library = 0;
   for (int round = 0; round < rounds; ++round) {
     library = std::max(library, LibraryRate(shape, precision, threads, 2));
     std::memcpy(hidden.data(), start.data(), start.size_bytes());
@@ -170,6 +206,15 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
                                    feed_forward.Run(layer.weights, {}, kTokens, hidden.data());
                                  },
                                  threads == 1));
+    AllExperts all_experts;
+    std::memcpy(hidden.data(), start.data(), start.size_bytes());
+    best_all = std::min(best_all, SecondsOf(
+                                      [&] {
+                                        attention.Run(layer.weights, lengths, hidden.data());
+                                        feed_forward.Run(layer.weights, {.observer = &all_experts},
+                                                         kTokens, hidden.data());
+                                      },
+                                      threads == 1));
     std::memcpy(hidden.data(), start.data(), start.size_bytes());
     best_observe =
         std::min(best_observe, SecondsOf(
@@ -198,6 +243,14 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
               100 * layer_rate / library);
   std::printf("%-14s observe full      %7.1f GFLOP/s  %3.0f %% of it\n", "", observe_rate,
               100 * observe_rate / library);
+  std::printf("%-14s observing takes   %7.2f of running all experts\n", "",
+              best_observe / best_all);
+  for (const double beta : {0.3, 0.45, 0.6}) {
+    const Skipping skipping =
+        MeasureSkipping(layer, start.data(), beta, precision, pool, threads, rounds);
+    std::printf("%-14s skipping: experts run %.3f, experts' time %.3f (%.3f s -> %.3f s)\n", "",
+                skipping.experts, skipping.some / skipping.all, skipping.all, skipping.some);
+  }
   std::fflush(stdout);
 }
 
@@ -217,6 +270,7 @@ int Main(int argc, char** argv) {
   const Shape shapes[] = {
       {"olmoe-1b-7b", 2048, 16, 16, 128, 64, 8, 1024},
       {"mixtral-8x7b", 4096, 32, 8, 128, 8, 2, 14336},
+      {"qwen3-30b-a3b", 2048, 32, 4, 128, 128, 8, 768},
       {"sample", 128, 4, 2, 32, 8, 2, 256},
   };
   for (const Shape& shape : shapes) {

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/json.h"  // ParseJson
+#include "checkpoint/safetensors_writer.h"
 #include "run_program.h"
 
 namespace winnow::test {
@@ -243,6 +244,150 @@ TEST(Pipeline, HealingRepairsWithoutAChangeOfFormat) {
   const Json judged = RunJson({"eval", "ppl", folder / "healed", "--against", folder / "pruned",
                                "--text", EvaluationText("math"), "--tokens", "4096"});
   EXPECT_LT(judged["texts"][0]["difference"]["nll"].get<double>(), -0.3);
+}
+
+TEST(Pipeline, CompressFindsHowMuchMayGo) {
+  const TemporaryFolder folder;
+  const auto compress = [&](const Arguments& how, const std::string& out) {
+    return RunWinnow(
+        Arguments{"compress", SampleModel(), "--no-heal", "--json", "-q", "-o", folder / out} +
+        kCalibration + how);
+  };
+  const auto kept = [](const ProgramResult& result) {
+    return ParseJson(result.out, "compress")["plan"]["layers"][0]["kept"].size();
+  };
+  // The model has 7.4 MiB, an expert of its four layers 0.75 MiB together.
+  const ProgramResult sized = compress({"--size", "6M"}, "sized");
+  ASSERT_EQ(sized.exit_code, 0) << sized.err;
+  EXPECT_EQ(kept(sized), 6U);
+  EXPECT_LE(ParseJson(sized.out, "compress")["bytes_after"].get<int64_t>(), 6 << 20);
+  const ProgramResult impossible = compress({"--size", "1M"}, "impossible");
+  EXPECT_EQ(impossible.exit_code, 5) << impossible.err;
+  EXPECT_NE(impossible.err.find("2.9 MiB with 2 experts"), std::string::npos) << impossible.err;
+
+  const ProgramResult found = compress({"--max-ppl-increase", "30%"}, "found");
+  ASSERT_EQ(found.exit_code, 0) << found.err;
+  EXPECT_LE(ParseJson(found.out, "compress")["judged_increase"].get<double>(), 0.3);
+  const std::string fewer = std::to_string(kept(found) - 1);
+  EXPECT_EQ(compress({"--max-ppl-increase", "30%", "--keep", fewer}, "fewer").exit_code, 5);
+  EXPECT_EQ(compress({"--max-ppl-increase", "0%"}, "none").exit_code, 5);
+  EXPECT_EQ(compress({"--max-ppl-increase", "5"}, "no-percentage").exit_code, 2);
+  EXPECT_EQ(compress({"--size", "6M", "--keep", "6"}, "both").exit_code, 2);
+  EXPECT_EQ(compress({}, "nothing").exit_code, 2);
+
+  const ProgramResult skips = compress({"--active", "1.5"}, "skips");
+  ASSERT_EQ(skips.exit_code, 0) << skips.err;
+  EXPECT_EQ(kept(skips), 8U);
+  const ProgramResult both = compress({"--active", "1.5", "--keep", "6"}, "pruned-skips");
+  ASSERT_EQ(both.exit_code, 0) << both.err;
+  const Json config = ParseJson(ReadFolder(folder / "pruned-skips")["config.json"], "config.json");
+  EXPECT_EQ(config["num_local_experts"], 6);
+  EXPECT_EQ(config["betas"].size(), 4U);
+  // What was refused left nothing behind.
+  EXPECT_EQ(ListFolder(folder.path()),
+            (std::vector<std::string>{"found", "pruned-skips", "sized", "skips"}));
+}
+
+TEST(Pipeline, TheCurveSaysWhatPlansSay) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  const Json curve = RunJson({"plan", folder / "stats", "--curve"});
+  ASSERT_EQ(curve["rows"].size(), 6U);  // 7 to 2 survivors
+  for (const Json& row : curve["rows"]) {
+    const Json plan =
+        RunJson({"plan", folder / "stats", "--search", "eliminate", "--keep", row["keep"].dump()});
+    double loss = 0;
+    for (const Json& layer : plan["layers"]) loss += layer["loss"].get<double>();
+    // The curve goes on from the set before with its exchanges, a plan eliminates straight on: both
+    // end in sets that no exchange betters.
+    EXPECT_NEAR(row["loss"].get<double>(), loss, 0.01 * loss);
+    EXPECT_EQ(row["bytes_after"], plan["predicted"]["bytes_after"]);
+  }
+}
+
+TEST(Pipeline, AMixIsAnotherTextWithoutAnotherPass) {
+  const TemporaryFolder folder;
+  const Arguments cut = {"--blocks", "8", "--block", "128"};
+  const Arguments prose = {"--calib", CalibrationText("prose")},
+                  code = {"--calib", CalibrationText("code")};
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "both", "--blocks", "16", "--block",
+                    "128"} +
+          prose + code);
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "code"} + cut + code);
+  const Json mixed =
+      RunJson({"plan", folder / "both", "--keep", "5", "--mix", "prose.calib=0,code.calib=1"});
+  const Json alone = RunJson({"plan", folder / "code", "--keep", "5"});
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(mixed["layers"][i]["kept"], alone["layers"][i]["kept"]);
+    EXPECT_EQ(mixed["layers"][i]["loss"], alone["layers"][i]["loss"]);
+  }
+  EXPECT_EQ(mixed["calibration"]["mix"]["prose.calib"], 0);
+  EXPECT_EQ(mixed["predicted"]["output_loss"], alone["predicted"]["output_loss"]);
+  EXPECT_GT(mixed["predicted"]["output_loss_by_source"]["prose.calib"].get<double>(),
+            mixed["predicted"]["output_loss"].get<double>());
+  for (const char* wrong : {"prose=1", "prose.calib", "prose.calib=-1", "prose.calib=x",
+                            "prose.calib=0,code.calib=0", "code.calib=1,code.calib=2"}) {
+    EXPECT_EQ(RunWinnow({"plan", folder / "both", "--keep", "5", "--mix", wrong}).exit_code, 2)
+        << wrong;
+  }
+}
+
+TEST(Pipeline, ObservingUntilStableStopsWhereTheChoiceDoes) {
+  const TemporaryFolder folder;
+  const Arguments calibration = {"--calib", CalibrationText("prose"), "--blocks", "32", "--block",
+                                 "128"};
+  const Json rounds = RunJson(Arguments{"observe", SampleModel(), "--until-stable", "--keep", "6",
+                                        "-o", folder / "rounds"} +
+                              calibration);
+  const auto count = rounds["rounds"].size();
+  ASSERT_GE(count, 2U);
+  EXPECT_EQ(rounds["stable"], rounds["rounds"].back()["changed_layers"].empty());
+  EXPECT_EQ(rounds["tokens"], rounds["rounds"].back()["tokens"]);
+  // Its statistics are those of one pass over as much of the text: blocks are sums over tokens.
+  const auto blocks = std::to_string(rounds["tokens"].get<int64_t>() / 128);
+  MustRun({"observe", SampleModel(), "--calib", CalibrationText("prose"), "--blocks", blocks,
+           "--block", "128", "-o", folder / "all"});
+  for (const char* method : {"reap", "ean", "frequency"}) {
+    const Json joined = RunJson({"plan", folder / "rounds", "--keep", "6", "--method", method});
+    const Json at_once = RunJson({"plan", folder / "all", "--keep", "6", "--method", method});
+    for (size_t i = 0; i < 4; ++i) {
+      EXPECT_EQ(joined["layers"][i]["kept"], at_once["layers"][i]["kept"]) << method;
+    }
+  }
+  EXPECT_EQ(ListFolder(folder.path()), (std::vector<std::string>{"all", "rounds"}));
+}
+
+TEST(Pipeline, WeightsAloneMakeAPlan) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "--stats", "routing", "-o", folder / "stats"} +
+          kCalibration);
+  const Json without = RunJson({"plan", SampleModel(), "--method", "aimer", "--keep", "6"});
+  const Json with = RunJson({"plan", folder / "stats", "--method", "aimer", "--keep", "6"});
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(without["layers"][i]["kept"], with["layers"][i]["kept"]);
+  }
+  EXPECT_EQ(without["predicted"]["bytes_after"], with["predicted"]["bytes_after"]);
+  const ProgramResult refused = RunWinnow({"plan", SampleModel(), "--keep", "6"});
+  EXPECT_EQ(refused.exit_code, 2);
+  EXPECT_NE(refused.err.find("is a checkpoint, not statistics"), std::string::npos) << refused.err;
+}
+
+TEST(Pipeline, TraceBehavesAsIfThePlanWereApplied) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);
+  Prune(folder, folder / "stats", "5", folder / "small");
+  std::vector<int32_t> ids(24);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(3 + 7 * i);
+  const std::vector<TensorData> tensors = {
+      {"input_ids", Dtype::kI32, {2, 12}, std::as_bytes(std::span(std::as_const(ids)))}};
+  WriteSafetensors(folder / "ids.safetensors", tensors);
+  const Arguments rows = {"--ids", folder / "ids.safetensors", "--compute", "f32"};
+  MustRun(Arguments{"trace", folder / "small", "-o", folder / "written.safetensors"} + rows);
+  MustRun(Arguments{"trace", SampleModel(), "--plan", folder / "small.json", "-o",
+                    folder / "as-if.safetensors"} +
+          rows);
+  auto files = ReadFolder(folder.path());
+  EXPECT_TRUE(files["written.safetensors"] == files["as-if.safetensors"]);
 }
 
 TEST(Pipeline, ThreadsDoNotChangeABit) {
