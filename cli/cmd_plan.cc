@@ -17,7 +17,7 @@ struct PlanFlags {
   std::string stats, output, method = "naee", search = "auto", target = "transformers",
                              objective = "unsquared", budget = "uniform", mix;
   int64_t keep = 0, floor = 0;
-  double ratio = 0, active = 0, max_error = 0;
+  double ratio = 0, active = 0, max_error = 0, quantile = 0;
   bool compare = false, curve = false, no_guard = false, all_tokens = false;
 };
 
@@ -47,14 +47,15 @@ int PlanSkipping(Session& session, const PlanFlags& flags) {
         "naee-skip removes no experts: it takes no --keep, --ratio, --compare or --curve",
         "to do both, observe with --plan PRUNING and plan skipping from that");
   }
-  if (flags.active > 0 && flags.max_error > 0) {
-    throw UsageError("give either --active or --max-error",
-                     "both are budgets for skipping; without one the medians are taken");
+  if ((flags.active > 0) + (flags.max_error > 0) + (flags.quantile > 0) > 1) {
+    throw UsageError("give one of --active, --max-error and --quantile",
+                     "all say how much is skipped; without one the medians are taken");
   }
   if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   std::optional<SkipBudget> budget;
-  if (flags.active > 0) budget = SkipBudget{.active_experts = flags.active, .max_error = {}};
-  if (flags.max_error > 0) budget = SkipBudget{.active_experts = {}, .max_error = flags.max_error};
+  if (flags.active > 0) budget = SkipBudget{.active_experts = flags.active};
+  if (flags.max_error > 0) budget = SkipBudget{.max_error = flags.max_error};
+  if (flags.quantile > 0) budget = SkipBudget{.quantile = flags.quantile};
   const StatsInfo info = ReadWeighedStats(session, flags.stats, flags.mix, flags.all_tokens);
   return WritePlan(session, flags,
                    MakeSkippingPlan(session, flags.stats, info, budget, flags.target));
@@ -89,8 +90,8 @@ int PlanWithoutText(Session& session, const PlanFlags& flags) {
 
 int RunPlan(Session& session, PlanFlags& flags) {
   if (flags.method == "naee-skip") return PlanSkipping(session, flags);
-  if (flags.active > 0 || flags.max_error > 0) {
-    throw UsageError("--active and --max-error belong to --method naee-skip",
+  if (flags.active > 0 || flags.max_error > 0 || flags.quantile > 0) {
+    throw UsageError("--active, --max-error and --quantile belong to --method naee-skip",
                      "they skip experts at run time; --keep or --ratio remove them");
   }
   if (flags.curve ? flags.keep > 0 || flags.ratio > 0 : (flags.keep > 0) == (flags.ratio > 0)) {
@@ -184,6 +185,9 @@ void AddPlan(CLI::App& app, Session& session) {
                  "Let experts with rare but huge activations go like others");
   verb->add_flag("--curve", flags->curve,
                  "Show the loss of every number of survivors; write nothing");
+  verb->add_option("--quantile", flags->quantile,
+                   "naee-skip: skip this share of the ranks after the first in every layer")
+      ->check(NumberFromTo(0.001, 0.999));
   verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
   verb->add_option("--search", flags->search,
                    "enumerate, eliminate (then exchanges), or auto: by the number of subsets")

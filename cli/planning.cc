@@ -321,7 +321,9 @@ CompressionPlan MakeSkippingPlan(Session& session, const fs::path& stats, const 
   memory.Add("ratios and errors of every token", NaeeSkipBytes(info));
   session.RequireMemory(memory, "plan");
   CompressionPlan plan = StartPlan(info, "naee-skip", target);
-  plan.search = budget ? "equal marginal error" : "median";
+  plan.search = !budget            ? "median"
+                : budget->quantile ? "one quantile in every layer"
+                                   : "equal marginal error";
   plan.objective = budget ? "squared error relative to the residual stream" : "none";
   plan.layers = ChooseNaeeSkip(stats, info, budget, session.pool(), session.control());
   for (size_t i = 0; i < plan.layers.size(); ++i) {

@@ -94,6 +94,8 @@ class Measured:
     def skips(k):
         yield "medians, as published", []
         for share in (0.875, 0.75):
+            skipped = k * (1 - share) / (k - 1)
+            yield f"one quantile, {skipped:.3g} of the ranks", ["--quantile", skipped]
             yield f"--active {k * share:g}", ["--active", k * share]
 
     def keep(self, keep, stats, tmp):

@@ -264,6 +264,17 @@ std::vector<LayerPlan> ChooseNaeeSkip(const fs::path& stats, const StatsInfo& in
   double error =
       budget->max_error ? *budget->max_error * tokens : std::numeric_limits<double>::infinity();
   std::vector<int64_t> skipped(ranks.size());
+  if (budget->quantile) {
+    steps.clear();
+    for (size_t i = 0; i < ranks.size(); ++i) {
+      double left = *budget->quantile * tokens * static_cast<double>(info.num_experts_per_tok - 1);
+      for (const Rank& rank : ranks[i]) {
+        left -= static_cast<double>(rank.weight);
+        if (left < 0) break;
+        ++skipped[i];
+      }
+    }
+  }
   for (const Step& step : steps) {
     double allowed = skips;
     if (step.error > 0) allowed = std::min(allowed, error / step.error);

@@ -26,10 +26,13 @@
 namespace winnow {
 
 struct SkipBudget {
-  // One of them: mean experts a token over all layers, or the sum over layers of the mean of
-  // ||z - z'||^2 / ||h'||^2.
-  std::optional<double> active_experts;
-  std::optional<double> max_error;
+  // One of them: mean experts a token over all layers, the sum over layers of the mean of ||z -
+  // z'||^2 / ||h'||^2, or the share of the ranks after the first that every layer skips alike,
+  // which is the published rule with another quantile and any k: what the other two are compared
+  // with.
+  std::optional<double> active_experts = {};
+  std::optional<double> max_error = {};
+  std::optional<double> quantile = {};
 };
 
 // UsageError if nothing can be skipped or the budget is out of range; a budget needs level full.

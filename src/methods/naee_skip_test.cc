@@ -41,8 +41,7 @@ TEST_P(NaeeSkipBudget, SpendsWhatIsAskedAndPredictsTheError) {
   const int64_t k = info.num_experts_per_tok, n = tokens.num_tokens();
   const double target = static_cast<double>(k) - 0.4;
   ThreadPool pool(2);
-  const auto plans =
-      ChooseNaeeSkip(stats, info, SkipBudget{.active_experts = target, .max_error = {}}, pool, {});
+  const auto plans = ChooseNaeeSkip(stats, info, SkipBudget{.active_experts = target}, pool, {});
   ForwardTrace trace = RunForward(model, tokens, {.watch = Watch::kExpertOutputs});
   const int64_t h = model.config().hidden_size;
   int64_t active = 0;
@@ -81,6 +80,27 @@ TEST_P(NaeeSkipBudget, SpendsWhatIsAskedAndPredictsTheError) {
   EXPECT_NEAR(realised, target, 2.0 / static_cast<double>(n)) << GetParam();
 }
 
+TEST_P(NaeeSkipBudget, OneQuantileSkipsTheSameShareInEveryLayer) {
+  const Model model = Model::Open(GoldenFolder(GetParam()));
+  const TokenSet tokens = GoldenTokens(GetParam());
+  const TestFolder folder;
+  const fs::path stats = folder.path() / "stats";
+  Observe(model, {SourceOf("golden", tokens)}, {.level = StatsLevel::kFull}, stats);
+  const StatsInfo info = ReadStatsInfo(stats);
+  const int64_t k = info.num_experts_per_tok, n = tokens.num_tokens();
+  ThreadPool pool(2);
+  const auto plans = ChooseNaeeSkip(stats, info, SkipBudget{.quantile = 0.25}, pool, {});
+  const ForwardTrace trace = RunForward(model, tokens);
+  for (const LayerPlan& plan : plans) {
+    std::vector<int32_t> ids(static_cast<size_t>(k * n));
+    std::vector<float> weights(ids.size());
+    SelectExperts(model.config(), trace.layers.at(plan.layer).router_logits.data(), n,
+                  plan.num_experts, ids.data(), weights.data(), plan.beta.value());
+    const auto skipped = std::count(ids.begin(), ids.end(), -1);
+    EXPECT_NEAR(static_cast<double>(skipped), 0.25 * static_cast<double>((k - 1) * n), 1.0);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, NaeeSkipBudget,
                          testing::Values("mixtral", "olmoe", "qwen2_moe", "deepseek-bf16"),
                          [](const auto& name) {
@@ -97,9 +117,9 @@ TEST(NaeeSkip, RefusesWhatItCannotDo) {
   EXPECT_THROW(CheckNaeeSkip(info, {}), UsageError);
   info.num_experts_per_tok = 2;
   EXPECT_NO_THROW(CheckNaeeSkip(info, {}));
-  EXPECT_THROW(CheckNaeeSkip(info, SkipBudget{.active_experts = 2.5, .max_error = {}}), UsageError);
+  EXPECT_THROW(CheckNaeeSkip(info, SkipBudget{.active_experts = 2.5}), UsageError);
   info.level = StatsLevel::kRouting;
-  EXPECT_THROW(CheckNaeeSkip(info, SkipBudget{.active_experts = 1.5, .max_error = {}}), UsageError);
+  EXPECT_THROW(CheckNaeeSkip(info, SkipBudget{.active_experts = 1.5}), UsageError);
 }
 
 TEST(SelectExperts, SkipsStrictlyBelowBetaAndRenormalises) {

@@ -402,6 +402,48 @@ TEST_P(NaeeDefinition, ProgressiveFollowsThePrunedStream) {
   }
 }
 
+// The target that repairs drift: h'* - h - s, from the intact and the pruned model's streams.
+TEST_P(NaeeDefinition, RepairingDriftAimsAtTheIntactStream) {
+  const ModelConfig& config = model_.config();
+  const int64_t keep = config.num_experts_per_tok + 1, h = config.hidden_size;
+  const ForwardTrace intact = RunForward(model_, tokens_, {.logits = false});
+  std::vector<Subset> kept(static_cast<size_t>(config.num_layers()));
+  ThreadPool pool(1);
+  const auto choose = [&](const fs::path& folder, const StatsInfo& info, const StatsLayer& layer) {
+    const LayerStatsReader records(folder, info, layer);
+    const LayerPlan plan = ChooseNaee(records, info, layer, {.keep = keep}, pool, {});
+    const ForwardTrace trace = RunForward(model_, tokens_, {.kept_experts = kept, .logits = false});
+    const TracedLayer& now = trace.layers.at(layer.layer);
+    const TracedLayer& before = intact.layers.at(layer.layer);
+    TokenRecords batch;
+    records.ReadTokens(0, tokens_.num_tokens(), batch);
+    for (int64_t t = 0; t < tokens_.num_tokens(); ++t) {
+      double squares = 0;
+      for (auto i = static_cast<size_t>(t * h); i < static_cast<size_t>((t + 1) * h); ++i) {
+        const double shared =
+            static_cast<double>(now.moe_out[i]) - static_cast<double>(now.routed[i]);
+        const double target = static_cast<double>(before.residual[i]) +
+                              static_cast<double>(before.moe_out[i]) -
+                              static_cast<double>(now.residual[i]) - shared;
+        squares += target * target;
+      }
+      // f32 sums of streams some times larger than the target.
+      EXPECT_NEAR(static_cast<double>(batch.target_norm_squared[static_cast<size_t>(t)]), squares,
+                  1e-4 * squares + 1e-5);
+    }
+    kept[static_cast<size_t>(layer.layer)] = plan.kept;
+    return plan.kept;
+  };
+  Observe(model_, sources_,
+          {.level = StatsLevel::kFull,
+           .batch = 1,
+           .progressive_keep = keep,
+           .progressive_target = ProgressiveTarget::kRepairDrift,
+           .choose = choose},
+          stats_);
+  EXPECT_EQ(ReadStatsInfo(stats_).progressive_target, ProgressiveTarget::kRepairDrift);
+}
+
 INSTANTIATE_TEST_SUITE_P(, NaeeDefinition,
                          testing::Values("mixtral", "qwen2_moe", "qwen3_moe-dense-layer", "olmoe",
                                          "deepseek-bf16"),

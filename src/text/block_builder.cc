@@ -63,7 +63,9 @@ std::vector<SourceBlocks> BuildBlocks(const std::vector<TextSource>& sources,
                                      options.num_blocks),
                          "ask for more blocks, leave the source out or raise its share");
       }
-      const auto encode = [&](std::string_view text) { return tokenizer->Encode(text, true); };
+      const auto encode = [&](std::string_view text, bool with_special) {
+        return tokenizer->Encode(text, with_special);
+      };
       blocks.sequences = BlocksFromDocuments(source, encode, part);
     }
     result.push_back(std::move(blocks));

@@ -24,8 +24,9 @@ TextSource Source(const fs::path& path) {
 }
 
 // The tokenizer of the tiny reference model: byte b is id 3 + b, 1 is BOS.
-std::vector<int32_t> EncodeBytes(std::string_view text) {
-  std::vector<int32_t> ids = {1};
+std::vector<int32_t> EncodeBytes(std::string_view text, bool with_special = true) {
+  std::vector<int32_t> ids;
+  if (with_special) ids.push_back(1);
   for (const char c : text) ids.push_back(3 + static_cast<unsigned char>(c));
   return ids;
 }
@@ -167,7 +168,7 @@ TEST_F(BlocksTest, OnlySixteenDocumentsABlockAreKept) {
 
 TEST_F(BlocksTest, ATokenizerOfLongTokensTakesSeveralRounds) {
   const TextSource source = Source(WriteDocuments(400, 1, 300));
-  const EncodeFunction one_token = [](std::string_view text) {
+  const EncodeFunction one_token = [](std::string_view text, bool) {
     return std::vector<int32_t>{static_cast<int32_t>(text.size())};
   };
   const TokenSequences blocks =
@@ -226,6 +227,20 @@ TEST_F(BlocksTest, IdFilesNeedNoTokenizerAndNamesStayApart) {
   EXPECT_EQ(blocks[1].name, "x-2");
   EXPECT_THAT(blocks[1].sequences.ids, ElementsAre(1, 2, 3, 4, 5, 6));
   EXPECT_THAT(blocks[1].sequences.offsets, ElementsAre(0, 3, 6));
+}
+
+// Answers alone count: of each line `prompt`, `completion` a 1 for BOS and a byte a token.
+TEST_F(BlocksTest, TokensOfPromptsHaveNoWeight) {
+  const fs::path path = folder_.Write("answers.jsonl",
+                                      "{\"prompt\": \"ab\", \"completion\": \"cde\"}\n"
+                                      "{\"prompt\": \"ab\", \"completion\": \"cde\"}\n");
+  const TokenSequences blocks =
+      BlocksFromDocuments(Source(path), EncodeBytes, {.num_blocks = 2, .block_tokens = 6});
+  EXPECT_EQ(blocks.ids,
+            (std::vector<int32_t>{1, 100, 101, 102, 103, 104, 1, 100, 101, 102, 103, 104}));
+  EXPECT_EQ(blocks.weights, (std::vector<float>{0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1}));
+  EXPECT_THROW(BlocksFromDocuments(Source(path), EncodeBytes, {.num_blocks = 1, .block_tokens = 3}),
+               UsageError);
 }
 
 }  // namespace

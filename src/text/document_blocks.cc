@@ -30,13 +30,13 @@ std::vector<uint32_t> DocumentBytes(const TextSource& source, const std::string&
 }
 
 // The documents of the given numbers, in that order.
-std::vector<std::string> CollectDocuments(const TextSource& source, const std::string& field,
-                                          std::span<const int64_t> numbers) {
+std::vector<Document> CollectDocuments(const TextSource& source, const std::string& field,
+                                       std::span<const int64_t> numbers) {
   std::unordered_map<int64_t, size_t> wanted;
   for (size_t i = 0; i < numbers.size(); ++i) wanted.emplace(numbers[i], i);
-  std::vector<std::string> documents(numbers.size());
+  std::vector<Document> documents(numbers.size());
   int64_t number = 0;
-  ReadDocuments(source, field, [&](std::string document) {
+  ReadPromptedDocuments(source, field, [&](Document document) {
     const auto found = wanted.find(number++);
     if (found != wanted.end()) {
       documents[found->second] = std::move(document);
@@ -84,6 +84,8 @@ TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
   TokenSequences result;
   result.offsets.push_back(0);
   std::vector<int32_t> pending;
+  std::vector<float> pending_weights;
+  bool prompted = false;
   size_t next = 0;
   // Only the first of the chosen documents are usually needed. They are fetched in rounds of about
   // the text that the missing blocks take, so that memory follows the result, not the source.
@@ -98,22 +100,40 @@ TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
                          ? std::min(used, static_cast<double>(most_tokens) * kBytesPerToken)
                          : used;
     }
-    const std::vector<std::string> documents =
+    const std::vector<Document> documents =
         CollectDocuments(source, options.field, std::span(order).subspan(next, end - next));
-    for (const std::string& document : documents) {
+    for (const Document& document : documents) {
       if (result.size() == options.num_blocks) break;
-      if (next % kGroupDocuments == 0) pending.clear();
+      if (next % kGroupDocuments == 0) {
+        pending.clear();
+        pending_weights.clear();
+      }
       ++next;
       const int64_t number = order[next - 1];
-      std::vector<int32_t> ids =
-          encode(most_tokens > 0 ? Excerpt(document, static_cast<uint64_t>(most_tokens) * 8,
-                                           options.seed ^ static_cast<uint64_t>(number))
-                                 : std::string_view(document));
+      std::vector<int32_t> ids;
+      size_t prompt_tokens = 0;
+      if (document.prompt_bytes > 0) {  // apart, so that each token belongs to one of them
+        ids = encode(std::string_view(document.text).substr(0, document.prompt_bytes), true);
+        prompt_tokens = ids.size();
+        const std::vector<int32_t> answer =
+            encode(std::string_view(document.text).substr(document.prompt_bytes), false);
+        ids.insert(ids.end(), answer.begin(), answer.end());
+        prompted = true;
+      } else {
+        ids =
+            encode(most_tokens > 0 ? Excerpt(document.text, static_cast<uint64_t>(most_tokens) * 8,
+                                             options.seed ^ static_cast<uint64_t>(number))
+                                   : std::string_view(document.text),
+                   true);
+      }
       if (most_tokens > 0 && static_cast<int64_t>(ids.size()) > most_tokens) {
         ids.resize(static_cast<size_t>(most_tokens));
         cut = true;
       }
       pending.insert(pending.end(), ids.begin(), ids.end());
+      for (size_t i = 0; i < ids.size(); ++i) {
+        pending_weights.push_back(i < prompt_tokens ? 0.0f : 1.0f);
+      }
       const int64_t whole = std::min(static_cast<int64_t>(pending.size()) / options.block_tokens,
                                      options.num_blocks - result.size());
       for (int64_t block = 0; block < whole; ++block) {
@@ -122,9 +142,13 @@ TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
       const auto used = pending.begin() + whole * options.block_tokens;
       result.ids.insert(result.ids.end(), pending.begin(), used);
       pending.erase(pending.begin(), used);
+      const auto used_weights = pending_weights.begin() + whole * options.block_tokens;
+      result.weights.insert(result.weights.end(), pending_weights.begin(), used_weights);
+      pending_weights.erase(pending_weights.begin(), used_weights);
     }
   }
   documents_tried = std::ssize(order);
+  if (!prompted) result.weights.clear();
   return result;
 }
 
@@ -138,7 +162,15 @@ TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunctio
     bool cut = false;
     int64_t tried = 0;
     TokenSequences result = CutBlocks(source, encode, attempt, bytes, cut, tried);
-    if (result.size() == options.num_blocks) return result;
+    if (result.size() == options.num_blocks) {
+      if (!result.weights.empty() &&
+          std::find(result.weights.begin(), result.weights.end(), 1.0f) == result.weights.end()) {
+        throw UsageError(
+            fmt::format("{}: the blocks hold prompts alone, no answer", source.path.string()),
+            "give more blocks, or longer ones (--block)");
+      }
+      return result;
+    }
     if (cut && attempt.blocks_per_document < options.num_blocks) continue;
     std::string hint = "shorten the blocks (--block), or give more text";
     if (result.size() > 0) {

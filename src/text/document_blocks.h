@@ -13,9 +13,12 @@
 
 namespace winnow {
 
-using EncodeFunction = std::function<std::vector<int32_t>(std::string_view text)>;
+// `with_special`: with the tokens that begin a text.
+using EncodeFunction =
+    std::function<std::vector<int32_t>(std::string_view text, bool with_special)>;
 
-// `options.num_blocks` blocks from `source`. UsageError if it gives fewer.
+// `options.num_blocks` blocks from `source`. Where documents are answers to prompts, the tokens of
+// the prompts have weight 0. UsageError if it gives fewer, or if no token counts.
 TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunction& encode,
                                    const BlockOptions& options);
 

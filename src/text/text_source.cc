@@ -111,7 +111,7 @@ void CheckUtf8(const fs::path& path, std::string_view text, uint64_t offset) {
                    std::string(hint));
 }
 
-void ReadText(const fs::path& path, const std::function<bool(std::string)>& on_document) {
+void ReadText(const fs::path& path, const std::function<bool(Document)>& on_document) {
   LineReader lines(path);
   std::string document;
   uint64_t document_offset = 0;
@@ -134,7 +134,7 @@ void ReadText(const fs::path& path, const std::function<bool(std::string)>& on_d
     if (is_separator) document.resize(line_start);
     if (document.ends_with('\n')) document.pop_back();
     CheckUtf8(path, document, document_offset);
-    if (!document.empty() && !on_document(std::move(document))) return;
+    if (!document.empty() && !on_document({std::move(document)})) return;
     document.clear();
     document_offset = lines.offset();
   }
@@ -160,8 +160,14 @@ void ReadText(const fs::path& path, const std::function<bool(std::string)>& on_d
                             : "name the key that holds the text");
 }
 
+// Whether the line is an answer to a prompt.
+bool IsPrompted(const Json& line, const std::string& field) {
+  return !line.contains(field) && line.contains("prompt") && line["prompt"].is_string() &&
+         line.contains("completion") && line["completion"].is_string();
+}
+
 void ReadJsonLines(const fs::path& path, const std::string& field,
-                   const std::function<bool(std::string)>& on_document) {
+                   const std::function<bool(Document)>& on_document) {
   LineReader lines(path);
   std::string line;
   for (uint64_t number = 1;; ++number) {
@@ -182,6 +188,12 @@ void ReadJsonLines(const fs::path& path, const std::string& field,
       throw ModelError(fmt::format("{}: expected an object, got {}", where, object.type_name()),
                        "a .jsonl file has one object a line");
     }
+    if (IsPrompted(object, field)) {
+      const auto prompt = object["prompt"].get<std::string>();
+      const auto completion = object["completion"].get<std::string>();
+      if (!completion.empty() && !on_document({prompt + completion, prompt.size()})) return;
+      continue;
+    }
     const auto found = object.find(field);
     if (found == object.end()) ThrowMissingField(where, field, object);
     if (!found->is_string()) {
@@ -189,7 +201,7 @@ void ReadJsonLines(const fs::path& path, const std::string& field,
                                    DumpJson(Json(field)), found->type_name()));
     }
     std::string& document = found->get_ref<std::string&>();
-    if (!document.empty() && !on_document(std::move(document))) return;
+    if (!document.empty() && !on_document({std::move(document)})) return;
   }
 }
 
@@ -229,6 +241,12 @@ TextSource ParseTextSource(const std::string& argument) {
 
 void ReadDocuments(const TextSource& source, const std::string& field,
                    const std::function<bool(std::string document)>& on_document) {
+  ReadPromptedDocuments(source, field,
+                        [&](Document document) { return on_document(std::move(document.text)); });
+}
+
+void ReadPromptedDocuments(const TextSource& source, const std::string& field,
+                           const std::function<bool(Document document)>& on_document) {
   switch (KindOf(source.path).kind) {
     case TextKind::kText:
       return ReadText(source.path, on_document);

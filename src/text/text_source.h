@@ -1,7 +1,8 @@
 // Calibration and evaluation text: where it comes from and how it becomes documents.
 //
 //   prose.txt, prose.txt.xz, .zst, .gz   a line `<|endoftext|>` ends a document and is not text
-//   code.jsonl (same suffixes)           one JSON object a line; the text is in `field`
+//   code.jsonl (same suffixes)           one JSON object a line; the text is in `field`, or in
+//                                        `prompt` and `completion`, whose tokens alone count
 //   ids.safetensors                      `input_ids` I32/I64 [n, T], or [N] with `offsets` [n+1];
 //                                        `mask` of the same shape: what each token counts for
 //
@@ -36,6 +37,15 @@ TextSource ParseTextSource(const std::string& argument);
 // A document is the text between separators without the final newline before the separator.
 void ReadDocuments(const TextSource& source, const std::string& field,
                    const std::function<bool(std::string document)>& on_document);
+
+// The same, with where the answer begins: a .jsonl line without `field` may have `prompt` and
+// `completion` instead, and its document is both, one after the other.
+struct Document {
+  std::string text;
+  size_t prompt_bytes = 0;  // 0: all of it counts
+};
+void ReadPromptedDocuments(const TextSource& source, const std::string& field,
+                           const std::function<bool(Document document)>& on_document);
 
 // Token sequences read from an id file. Rows of different length are possible ([N] + offsets).
 struct TokenSequences {
