@@ -215,8 +215,7 @@ class Chooser {
     Candidate candidate;
     candidate.keep = most() + 1;
     candidate.plan = MakeSkippingPlan(session_, work_ / "stats", info_,
-                                      SkipBudget{.active_experts = flags_.active},
-                                      flags_.target);
+                                      SkipBudget{.active_experts = flags_.active}, flags_.target);
     session_.Note(DescribePlan(candidate.plan));
     if (!flags_.max_increase.empty()) candidate.increase = Increase(candidate.plan);
     return candidate;
@@ -318,8 +317,7 @@ class Chooser {
       RunObserve(model_, sources_, options, observe, stats, session_.pool(), session_.control());
     }
     const CompressionPlan skipping = MakeSkippingPlan(
-        session_, stats, observe.info, SkipBudget{.active_experts = flags_.active},
-        flags_.target);
+        session_, stats, observe.info, SkipBudget{.active_experts = flags_.active}, flags_.target);
     for (size_t i = 0; i < plan.layers.size(); ++i) plan.layers[i].beta = skipping.layers[i].beta;
     plan.method += "+" + skipping.method;
     fs::remove_all(stats);

@@ -95,7 +95,8 @@ int RunPlan(Session& session, PlanFlags& flags) {
                      "they skip experts at run time; --keep or --ratio remove them");
   }
   if (flags.curve ? flags.keep > 0 || flags.ratio > 0 : (flags.keep > 0) == (flags.ratio > 0)) {
-    throw UsageError("give one of --keep R (experts kept), --ratio X (share removed) and --curve");
+    throw UsageError("give one of --keep R (experts kept), --ratio X (share removed) and --curve",
+                     "--curve shows what every R would lose");
   }
   const bool uneven = flags.budget == "uneven";
   if (flags.curve && (flags.compare || uneven || flags.method != "naee" || !flags.output.empty() ||
@@ -159,13 +160,28 @@ void AddPlan(CLI::App& app, Session& session) {
   CLI::App* verb = app.add_subcommand("plan", "Decide from statistics what to remove, in seconds");
   verb->add_option("STATS", flags->stats, "Statistics folder; for --method aimer also a checkpoint")
       ->required();
+  verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(WholeNumberFrom(1));
+  verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
+      ->check(NumberFromTo(0.001, 0.999));
+  verb->add_flag("--curve", flags->curve,
+                 "Show the loss of every number of survivors; write nothing");
   verb->add_option("--method", flags->method,
-                   "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean, "
-                   "reap, man, msan, easy-ep, aimer, leave-one-out), or naee-skip: skip experts at "
-                   "run time");
+                   "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
+                   "reap, man, msan, easy-ep, aimer, leave-one-out), or naee-skip: skip experts\n"
+                   "at run time");
+  verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
+  verb->add_option("--mix", flags->mix,
+                   "Weigh the texts anew: prose=1,code=3 multiplies their sums (default 1 each)");
+  verb->add_flag("--all-tokens", flags->all_tokens,
+                 "Count all tokens alike, whatever the mask of the data says");
+  verb->add_flag("--no-guard", flags->no_guard,
+                 "Let experts with rare but huge activations go like others");
   verb->add_option(
       "--objective", flags->objective,
       "naee: unsquared (as published), squared, relative-to-output, relative-to-stream");
+  verb->add_option("--search", flags->search,
+                   "naee: enumerate, eliminate (then exchanges), or auto: by the number of subsets")
+      ->check(CLI::IsMember({"auto", "enumerate", "eliminate"}));
   verb->add_option("--budget", flags->budget,
                    "naee: uniform, or uneven: R x layers survivors in all, where they matter most")
       ->check(CLI::IsMember({"uniform", "uneven"}));
@@ -177,23 +193,8 @@ void AddPlan(CLI::App& app, Session& session) {
   verb->add_option("--max-error", flags->max_error,
                    "naee-skip: skip until the layers' relative errors add up to this")
       ->check(NumberFromTo(1e-9, 1e3));
-  verb->add_option("--mix", flags->mix,
-                   "Weigh the texts anew: prose=1,code=3 multiplies their sums (default 1 each)");
-  verb->add_flag("--all-tokens", flags->all_tokens,
-                 "Count all tokens alike, whatever the mask of the data says");
-  verb->add_flag("--no-guard", flags->no_guard,
-                 "Let experts with rare but huge activations go like others");
-  verb->add_flag("--curve", flags->curve,
-                 "Show the loss of every number of survivors; write nothing");
   verb->add_option("--quantile", flags->quantile,
                    "naee-skip: skip this share of the ranks after the first in every layer")
-      ->check(NumberFromTo(0.001, 0.999));
-  verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
-  verb->add_option("--search", flags->search,
-                   "enumerate, eliminate (then exchanges), or auto: by the number of subsets")
-      ->check(CLI::IsMember({"auto", "enumerate", "eliminate"}));
-  verb->add_option("--keep", flags->keep, "Experts kept in each layer")->check(WholeNumberFrom(1));
-  verb->add_option("--ratio", flags->ratio, "Share of experts removed, e.g. 0.25")
       ->check(NumberFromTo(0.001, 0.999));
   verb->add_option("--target", flags->target,
                    "Loader the result must satisfy: transformers, vllm, llama.cpp, winnow");

@@ -79,6 +79,33 @@ OrderedJson OptionalNumber(const std::optional<double>& value) {
   return value ? OrderedJson(*value) : OrderedJson();
 }
 
+// Over texts, each counting alike: nll, and the paired difference with its standard error.
+struct MeanOverTexts {
+  double nll = 0, original_nll = 0, difference = 0;
+  std::optional<double> standard_error, difference_error;
+};
+
+MeanOverTexts Mean(const std::vector<EvalRow>& rows) {
+  MeanOverTexts mean;
+  const auto n = static_cast<double>(rows.size());
+  double variance = 0, difference_variance = 0;
+  bool known = true, difference_known = true;
+  for (const EvalRow& row : rows) {
+    mean.nll += row.result.nll / n;
+    known = known && row.result.standard_error.has_value();
+    variance += std::pow(row.result.standard_error.value_or(0) / n, 2);
+    if (!row.original) continue;
+    const PairedDifference d = Compare(*row.original, row.result);
+    mean.original_nll += row.original->nll / n;
+    mean.difference += d.nll / n;
+    difference_known = difference_known && d.standard_error.has_value();
+    difference_variance += std::pow(d.standard_error.value_or(0) / n, 2);
+  }
+  if (known) mean.standard_error = std::sqrt(variance);
+  if (difference_known) mean.difference_error = std::sqrt(difference_variance);
+  return mean;
+}
+
 }  // namespace
 
 std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol) {
@@ -96,6 +123,19 @@ std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& proto
       const PairedDifference d = Compare(*row.original, row.result);
       text += fmt::format(" {:>10.4f} {:>+8.4f} +- {}", row.original->perplexity, d.nll,
                           FormatStandardError(d.standard_error));
+    }
+    text += "\n";
+  }
+  if (rows.size() > 1) {
+    const MeanOverTexts mean = Mean(rows);
+    int64_t tokens = 0;
+    for (const EvalRow& row : rows) tokens += row.result.tokens;
+    text += fmt::format("  {:<16} {:>9} {:>10.4f} {:>10} {:>9}", "mean of texts",
+                        FormatCount(static_cast<uint64_t>(tokens)), std::exp(mean.nll),
+                        FormatStandardError(mean.standard_error), "");
+    if (paired) {
+      text += fmt::format(" {:>10.4f} {:>+8.4f} +- {}", std::exp(mean.original_nll),
+                          mean.difference, FormatStandardError(mean.difference_error));
     }
     text += "\n";
   }
@@ -123,8 +163,20 @@ OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protoc
     texts.push_back(item);
   }
   const double nll = total / static_cast<double>(tokens);
-  return {{"schema", "winnow.eval-ppl/1"},        {"protocol", protocol}, {"nll", nll},
-          {"perplexity", std::exp(nll)},          {"tokens", tokens},     {"texts", texts},
+  const MeanOverTexts of_texts = Mean(rows);
+  OrderedJson mean = {{"nll", of_texts.nll},
+                      {"standard_error", OptionalNumber(of_texts.standard_error)}};
+  if (!rows.empty() && rows.front().original) {
+    mean["difference"] = {{"nll", of_texts.difference},
+                          {"standard_error", OptionalNumber(of_texts.difference_error)}};
+  }
+  return {{"schema", "winnow.eval-ppl/1"},
+          {"protocol", protocol},
+          {"nll", nll},
+          {"perplexity", std::exp(nll)},
+          {"tokens", tokens},
+          {"texts", texts},
+          {"mean_of_texts", mean},
           {"peak_rss_bytes", PeakResidentBytes()}};
 }
 

@@ -61,6 +61,46 @@ TEST(Contract, MisspellingsAreUsageErrorsWithASuggestion) {
   ExpectRefusal(RunWinnow({"run", SampleModel(), "-p", "x", "--max-memory", "lots"}), kUsage);
 }
 
+// Flags that contradict each other or would do nothing: refused before any work, with what to do.
+TEST(Contract, ContradictingFlagsAreRefused) {
+  const TemporaryFolder folder;
+  const std::string stats = folder / "stats";
+  ASSERT_EQ(RunWinnow({"observe", SampleModel(), "--calib", CalibrationText("math"), "--blocks",
+                       "4", "--block", "64", "-o", stats, "-q"})
+                .exit_code,
+            0);
+  const std::vector<Arguments> commands = {
+      {"plan", stats, "--curve", "--keep", "6"},
+      {"plan", stats, "--curve", "--method", "reap"},
+      {"plan", stats, "--curve", "-o", folder / "curve.json"},
+      {"plan", stats, "--keep", "6", "--all-tokens"},
+      {"plan", stats, "--keep", "6", "--quantile", "0.5"},
+      {"plan", stats, "--method", "naee-skip", "--quantile", "0.5", "--active", "1.5"},
+      {"plan", SampleModel(), "--method", "reap", "--keep", "6"},
+      {"plan", SampleModel(), "--method", "aimer", "--compare", "--keep", "6"},
+      {"observe", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x",
+       "--until-stable"},
+      {"observe", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x",
+       "--until-stable", "--keep", "6", "--stats", "routed"},
+      {"observe", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x",
+       "--until-stable", "--progressive", "--keep", "6"},
+      {"observe", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x",
+       "--repair-drift"},
+      {"compress", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x",
+       "--progressive", "--size", "5M"},
+      {"compress", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x", "--size",
+       "small"},
+      {"compress", SampleModel(), "--calib", CalibrationText("math"), "-o", folder / "x",
+       "--budget", "uneven", "--keep", "5"}};
+  for (const Arguments& command : commands) {
+    std::string line;
+    for (const std::string& word : command) line += word + " ";
+    SCOPED_TRACE(line);
+    ExpectRefusal(RunWinnow(command), kUsage);
+  }
+  EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"stats"});
+}
+
 TEST(Contract, JsonIsOneObjectAloneOnStandardOutput) {
   const TemporaryFolder folder;
   const std::string stats = folder / "stats";
