@@ -25,6 +25,8 @@ namespace {
 
 // In OUT.work: OUT is an older checkpoint that this run replaces.
 constexpr const char* kReplacesName = "replaces";
+// In OUT.work: a checkpoint that is measured before it becomes OUT.
+constexpr const char* kCandidateName = "candidate";
 
 struct CompressFlags {
   std::string model, output, protocol = "bos-512", target = "transformers", budget = "uniform",
@@ -37,8 +39,8 @@ struct CompressFlags {
   bool progressive = false, keep_stats = false, no_heal = false;
 
   // What decides how much goes.
-  bool searches() const { return keep == 0 && size.empty() && active == 0; }
-  bool prunes() const { return keep > 0 || !size.empty() || searches(); }
+  bool searches() const { return keep == 0 && active == 0; }
+  bool prunes() const { return keep > 0 || searches(); }
 };
 
 // "5%" -> 0.05
@@ -69,6 +71,15 @@ void CheckFlags(const CompressFlags& flags) {
     throw UsageError("--progressive chooses while it observes: it needs --keep R",
                      "add --keep, or leave --progressive out");
   }
+  if (flags.progressive && flags.budget == "uneven") {
+    throw UsageError("--progressive chooses the same number of survivors in every layer",
+                     "leave out --progressive or --budget uneven");
+  }
+  if (flags.budget == "uneven" && flags.keep == 0 && flags.size.empty() &&
+      flags.max_increase.empty()) {
+    throw UsageError("--budget uneven divides survivors, and --active alone removes none",
+                     "add --keep R, or leave --budget out");
+  }
   if (flags.progressive && flags.active > 0) {
     throw UsageError("--active is planned from a second pass, which --progressive has no place for",
                      "leave one of them out");
@@ -84,6 +95,11 @@ void CheckFlags(const CompressFlags& flags) {
   }
 }
 
+// How a refused run is repeated without observing again.
+std::string KeptStatistics(const CompressFlags& flags) {
+  return fmt::format("--resume goes on from the statistics in {}.work", flags.output);
+}
+
 // A plan with its healed weights, and the perplexity on the judging sequences over the original's.
 struct Candidate {
   int64_t keep = 0;
@@ -92,17 +108,12 @@ struct Candidate {
   std::optional<double> increase = {};
 };
 
-// What an interrupted or --keep-stats run leaves: nothing but these.
-bool IsWorkFolder(const fs::path& work) {
-  if (!fs::is_directory(work)) return false;
-  for (const fs::directory_entry& entry : fs::directory_iterator(work)) {
-    const std::string name = entry.path().filename().string();
-    if (!name.starts_with("stats") && !name.starts_with("healed") && name != kReplacesName &&
-        !name.ends_with(".spill")) {
-      return false;
-    }
-  }
-  return true;
+// What an interrupted, a refused or a --keep-stats run leaves: nothing but these.
+bool IsOfWork(const std::string& name) {
+  return name == "stats" || name == "stats.partial" || IsNumbered(name, "stats-of-") ||
+         name == "healed" || IsNumbered(name, "healed-") || name == kCandidateName ||
+         name == std::string(kCandidateName) + ".partial" || name == kReplacesName ||
+         name.ends_with(".spill");
 }
 
 // Whether there is text enough to heal with; refuses what the budget does not hold.
@@ -143,6 +154,17 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
   int64_t most = 0;
   for (const StatsLayer& layer : plan.info.layers) most = std::max(most, layer.num_experts);
   if (flags.keep > 0) CheckNaee(plan.info, {.keep = flags.keep});
+  if (flags.active > 0) CheckNaeeSkip(plan.info, SkipBudget{.active_experts = flags.active});
+  if (!flags.max_increase.empty() || flags.budget == "uneven") {
+    try {
+      JudgingSequences(sources);
+    } catch (const UsageError& problem) {
+      throw UsageError(
+          fmt::format("{} is judged by one calibration sequence in ten, and there are too few",
+                      flags.budget == "uneven" ? "--budget uneven" : "--max-ppl-increase"),
+          problem.hint());
+    }
+  }
   // What does not fit is found out now, not after hours of observing: any choice of R holds the
   // same.
   if (!flags.prunes()) flags.no_heal = true;
@@ -168,6 +190,36 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
   if (fs::exists(flags.output)) WriteFileAtomically(stats.parent_path() / kReplacesName, "");
   RunObserve(model, sources, options, plan, stats, session.pool(), session.control());
   return plan.info;
+}
+
+// The most survivors whose checkpoint is within --size.
+int64_t LargestWithin(const Model& model, const std::string& size) {
+  const uint64_t bytes = ParseBytes(size, "--size");
+  const StatsInfo info = DescribeModel(model);
+  if (model.checkpoint().total_bytes() <= bytes) {
+    throw UsageError(fmt::format("--size {}: the model has {} of weights, which fits already", size,
+                                 FormatBytes(model.checkpoint().total_bytes())),
+                     "give a smaller size, or say with --keep how many experts are to stay");
+  }
+  int64_t most = INT64_MAX;
+  for (const StatsLayer& layer : info.layers) most = std::min(most, layer.num_experts - 1);
+  uint64_t smallest = model.checkpoint().total_bytes();
+  for (int64_t keep = most; keep >= info.num_experts_per_tok && !info.layers.empty(); --keep) {
+    CompressionPlan plan;
+    for (const StatsLayer& layer : info.layers) {
+      LayerPlan first;
+      first.layer = layer.layer;
+      for (int32_t e = 0; e < keep; ++e) first.kept.push_back(e);
+      plan.layers.push_back(first);
+    }
+    smallest = PlanRewrite(model, plan, {}).bytes_after;
+    if (smallest <= bytes) return keep;
+  }
+  throw QualityError(
+      fmt::format(
+          "--size {}: the weights still take {} with {} experts a layer, the fewest a token uses",
+          size, FormatBytes(smallest), info.num_experts_per_tok),
+      "give a larger size");
 }
 
 // The survivors of each layer for one number of them, healed unless --no-heal.
@@ -221,28 +273,6 @@ class Chooser {
     return candidate;
   }
 
-  // The most survivors whose checkpoint is at most `bytes`.
-  int64_t LargestWithin(uint64_t bytes) const {
-    uint64_t smallest = 0;
-    for (int64_t keep = most(); keep >= least(); --keep) {
-      CompressionPlan plan;
-      for (const StatsLayer& layer : info_.layers) {
-        LayerPlan first;
-        first.layer = layer.layer;
-        for (int32_t e = 0; e < keep; ++e) first.kept.push_back(e);
-        plan.layers.push_back(first);
-      }
-      smallest = PlanRewrite(model_, plan, {}).bytes_after;
-      if (smallest <= bytes) return keep;
-    }
-    throw QualityError(
-        fmt::format(
-            "--size {}: the weights still take {} with {} experts a layer, the fewest a token "
-            "uses",
-            flags_.size, FormatBytes(smallest), least()),
-        "give a larger size");
-  }
-
   // The fewest survivors that pass, by bisection: more survivors are taken to lose less.
   Candidate SmallestPassing(double limit) {
     const auto passes = [&](const Candidate& candidate) {
@@ -258,7 +288,8 @@ class Chooser {
           fmt::format(
               "perplexity rises by {:.2f} % with one expert a layer gone, more than {:.2f} %",
               100 * *best.increase, 100 * limit),
-          "allow more, give more calibration text, or try --budget uneven --target winnow");
+          fmt::format("allow more, or try --budget uneven --target winnow: {}",
+                      KeptStatistics(flags_)));
     }
     int64_t fails = least() - 1;
     while (best.keep - fails > 1) {
@@ -315,6 +346,9 @@ class Chooser {
     const ObservePlan observe = PrepareObserve(session_, model_, sources_, options, stats.string());
     if (!session_.flags.resume || !fs::exists(stats / "stats.json")) {
       RunObserve(model_, sources_, options, observe, stats, session_.pool(), session_.control());
+    } else if (StatsInfoToJson(ReadStatsInfo(stats)) != StatsInfoToJson(observe.info)) {
+      throw UsageError(fmt::format("{} was made with another model, text or flag", stats.string()),
+                       "repeat the command as it was, or start again with --force");
     }
     const CompressionPlan skipping = MakeSkippingPlan(
         session_, stats, observe.info, SkipBudget{.active_experts = flags_.active}, flags_.target);
@@ -344,31 +378,23 @@ class Chooser {
 Candidate Choose(Chooser& chooser, const CompressFlags& flags) {
   if (!flags.prunes()) return chooser.SkipOnly();
   if (flags.searches()) return chooser.SmallestPassing(ParseIncrease(flags.max_increase));
-  return chooser.Keep(flags.keep > 0 ? flags.keep
-                                     : chooser.LargestWithin(ParseBytes(flags.size, "--size")));
+  return chooser.Keep(flags.keep);
 }
 
 // A gate the user set, on what was measured.
-void RequireIncrease(const CompressFlags& flags, double increase, const std::string& written) {
+void RequireIncrease(const CompressFlags& flags, double increase) {
   const double limit = ParseIncrease(flags.max_increase);
   if (increase <= limit) return;
-  throw QualityError(fmt::format("perplexity on the judging sequences rises by {:.2f} %, more than "
-                                 "{:.2f} %{}",
-                                 100 * increase, 100 * limit, written),
-                     "keep more, run more experts a token, or allow more");
+  throw QualityError(
+      fmt::format("perplexity on the judging sequences rises by {:.2f} %, more than {:.2f} %",
+                  100 * increase, 100 * limit),
+      fmt::format("keep more, run more experts a token, or allow more: {}", KeptStatistics(flags)));
 }
 
-int RunInWorkFolder(Session& session, CompressFlags& flags) {
+int RunCompress(Session& session, CompressFlags& flags) {
+  CheckFlags(flags);
   const fs::path work = flags.output + ".work";
-  if (fs::exists(work) && session.flags.force && !IsWorkFolder(work)) {
-    throw UsageError(
-        fmt::format("{} was not written by winnow, so --force leaves it alone", work.string()),
-        "choose another name with -o, or remove it yourself");
-  }
-  if (fs::exists(work) && !session.flags.resume && !session.flags.force) {
-    throw UsageError(fmt::format("{} is left from an interrupted run", work.string()),
-                     "go on with --resume, or start again with --force");
-  }
+  ClaimWorkFolder(work, session.flags, IsOfWork);
   // Interrupted while evaluating: the checkpoint is complete, only its measurements are missing.
   // But OUT may also be what an interrupted --force was about to replace.
   const fs::path replaces = work / kReplacesName;
@@ -379,6 +405,7 @@ int RunInWorkFolder(Session& session, CompressFlags& flags) {
     RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   }
   const Model model = Model::Open(flags.model);
+  if (!flags.size.empty()) flags.keep = LargestWithin(model, flags.size);
   // What could be wrong with the evaluation is found out before hours of observing.
   std::vector<EvalText> texts;
   const PerplexityProtocol protocol = FindProtocol(flags.protocol);
@@ -396,8 +423,8 @@ int RunInWorkFolder(Session& session, CompressFlags& flags) {
   Candidate chosen = Choose(chooser, flags);
   const CompressionPlan& plan = chosen.plan;
   // Healed and skipping models are measured once they are written.
-  const bool measured_late = flags.active > 0 && !flags.no_heal;
-  if (!flags.max_increase.empty() && !measured_late) RequireIncrease(flags, *chosen.increase, "");
+  const bool measured_late = flags.active > 0 && !flags.no_heal && !flags.max_increase.empty();
+  if (!flags.max_increase.empty() && !measured_late) RequireIncrease(flags, *chosen.increase);
   ApplyOptions options;
   options.resume = session.flags.resume;
   if (!flags.no_heal) {
@@ -408,7 +435,13 @@ int RunInWorkFolder(Session& session, CompressFlags& flags) {
   const RewritePlan rewrite = PlanRewrite(model, plan, options);
   ApplyResult applied;
   if (!applied_before) {
-    applied = ApplyPlan(model, plan, rewrite, options, flags.output, session.control());
+    const fs::path written = measured_late ? work / kCandidateName : fs::path(flags.output);
+    applied = ApplyPlan(model, plan, rewrite, options, written, session.control());
+    if (measured_late) {
+      RequireIncrease(flags, chooser.IncreaseOf(Model::Open(written.string())));
+      fs::remove_all(flags.output);
+      RenameDurably(written, flags.output);
+    }
     fs::remove(replaces);
   } else if (PlanToJson(ReadPlan(fs::path(flags.output) / "winnow-plan.json")) !=
              PlanToJson(plan)) {
@@ -416,10 +449,6 @@ int RunInWorkFolder(Session& session, CompressFlags& flags) {
                      "repeat the command as it was, or start again with --force");
   }
   const double pruned_seconds = session.seconds();
-  if (measured_late && !flags.max_increase.empty()) {
-    RequireIncrease(flags, chooser.IncreaseOf(Model::Open(flags.output)),
-                    fmt::format("; {} is written all the same", flags.output));
-  }
   std::vector<EvalRow> rows;
   std::string skipping;
   if (!flags.texts.empty()) {
@@ -478,16 +507,6 @@ int RunInWorkFolder(Session& session, CompressFlags& flags) {
         flags.output, flags.model));
   }
   return 0;
-}
-
-int RunCompress(Session& session, CompressFlags& flags) {
-  CheckFlags(flags);
-  try {
-    return RunInWorkFolder(session, flags);
-  } catch (const QualityError&) {  // finished, with an answer: nothing to go on with
-    if (!flags.keep_stats) fs::remove_all(flags.output + ".work");
-    throw;
-  }
 }
 
 }  // namespace

@@ -82,7 +82,11 @@ int RunObserveVerb(Session& session, ObserveFlags& flags) {
     throw UsageError(fmt::format("--progressive needs --stats full, not {}", flags.stats),
                      "it chooses by the outputs of all experts");
   }
-  RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
+  CommonFlags fresh = session.flags;
+  // Rounds that --force was about to replace OUT with.
+  fresh.force =
+      fresh.force || (flags.until_stable && fresh.resume && fs::exists(flags.output + ".rounds"));
+  RequireFreshOutput(flags.output, OutputKind::kFolder, fresh, flags.model);
   const Model model = Model::Open(flags.model);
   ObserveOptions& options = flags.options;
   if (!flags.stats.empty()) options.level = ParseStatsLevel(flags.stats);

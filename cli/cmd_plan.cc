@@ -42,6 +42,11 @@ int WritePlan(Session& session, const PlanFlags& flags, const CompressionPlan& p
 }
 
 int PlanSkipping(Session& session, const PlanFlags& flags) {
+  if (flags.objective != "unsquared" || flags.search != "auto" || flags.budget != "uniform" ||
+      flags.floor > 0 || flags.no_guard) {
+    throw UsageError("naee-skip takes none of --objective, --search, --budget, --floor, --no-guard",
+                     "they belong to plans that remove experts");
+  }
   if (flags.keep > 0 || flags.ratio > 0 || flags.compare || flags.curve) {
     throw UsageError(
         "naee-skip removes no experts: it takes no --keep, --ratio, --compare or --curve",
@@ -75,9 +80,12 @@ int64_t SurvivorsOf(Session& session, const PlanFlags& flags, int64_t experts) {
 // A checkpoint in place of statistics: what its weights alone can say.
 int PlanWithoutText(Session& session, const PlanFlags& flags) {
   if (flags.method != "aimer" || flags.compare || flags.curve || flags.budget != "uniform" ||
-      !flags.mix.empty() || flags.all_tokens) {
-    throw UsageError(fmt::format("{} is a checkpoint, not statistics", flags.stats),
-                     "observe it first; --method aimer alone plans from weights without text");
+      !flags.mix.empty() || flags.all_tokens || flags.objective != "unsquared" ||
+      flags.search != "auto" || flags.floor > 0 || flags.no_guard) {
+    throw UsageError(
+        fmt::format("{} is a checkpoint, not statistics", flags.stats),
+        "observe it first; --method aimer alone plans from weights without text, and takes no "
+        "flag but --keep, --ratio, --target and -o");
   }
   const Model model = Model::Open(flags.stats);
   const StatsInfo info = DescribeModel(model);
@@ -100,9 +108,9 @@ int RunPlan(Session& session, PlanFlags& flags) {
   }
   const bool uneven = flags.budget == "uneven";
   if (flags.curve && (flags.compare || uneven || flags.method != "naee" || !flags.output.empty() ||
-                      flags.search != "auto")) {
+                      flags.search != "auto" || flags.target != "transformers")) {
     throw UsageError("--curve is a table of NAEE's losses, printed",
-                     "it takes none of --method, --search, --budget, --compare and -o");
+                     "it takes none of --method, --search, --budget, --compare, --target and -o");
   }
   if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   const fs::path folder = flags.stats;

@@ -11,6 +11,7 @@
 #include "methods/naee.h"
 #include "observe/layer_stats.h"
 #include "observe/stats_merge.h"
+#include "planning.h"
 #include "pruning.h"
 
 namespace winnow::cli {
@@ -46,13 +47,31 @@ std::vector<SourceBlocks> RoundOf(const std::vector<SourceBlocks>& sources, size
   return slices;
 }
 
-bool IsRoundsFolder(const fs::path& folder) {
-  if (!fs::is_directory(folder)) return false;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
-    if (!name.starts_with("round-") && !name.starts_with("merged")) return false;
+bool IsOfRounds(const std::string& name) {
+  return name == "merged" || name == "merged.partial" || IsNumbered(name, "round-");
+}
+
+// If one text has a mask, all have: the rounds must be alike to be joined.
+std::vector<SourceBlocks> WithWeights(std::vector<SourceBlocks> sources) {
+  const bool any = std::any_of(sources.begin(), sources.end(), [](const SourceBlocks& source) {
+    return !source.sequences.weights.empty();
+  });
+  for (SourceBlocks& source : sources) {
+    if (any && source.sequences.weights.empty()) {
+      source.sequences.weights.assign(source.sequences.ids.size(), 1.0f);
+    }
   }
-  return true;
+  return sources;
+}
+
+double WeightOf(const std::vector<SourceBlocks>& sources) {
+  double weight = 0;
+  for (const SourceBlocks& source : sources) {
+    const std::vector<float>& weights = source.sequences.weights;
+    weight += weights.empty() ? static_cast<double>(source.sequences.ids.size()) : 0.0;
+    for (const float w : weights) weight += static_cast<double>(w);
+  }
+  return weight;
 }
 
 }  // namespace
@@ -62,29 +81,37 @@ ObservedRounds ObserveUntilStable(Session& session, const Model& model,
                                   const ObserveOptions& options, int64_t keep,
                                   const std::string& output) {
   const fs::path folder = output + ".rounds";
-  if (fs::exists(folder)) {
-    if (session.flags.force && !IsRoundsFolder(folder)) {
-      throw UsageError(
-          fmt::format("{} was not written by winnow, so --force leaves it alone", folder.string()),
-          "choose another name with -o, or remove it yourself");
-    }
-    if (session.flags.force) fs::remove_all(folder);
-    if (!session.flags.resume && !session.flags.force) {
-      throw UsageError(fmt::format("{} is left from an interrupted run", folder.string()),
-                       "go on with --resume, or start again with --force");
-    }
+  ClaimWorkFolder(folder, session.flags, IsOfRounds);
+  // What could go wrong in the last round is found out before the first.
+  const std::vector<SourceBlocks> weighed = WithWeights(sources);
+  ObserveOptions whole_options = options;
+  whole_options.memory_budget_bytes = session.memory_budget();
+  const ObservePlan whole =
+      PlanObserve(model, weighed, whole_options, session.pool().num_threads());
+  NaeeOptions naee{.keep = keep};
+  CheckNaee(whole.info, naee);
+  naee.memory_budget_bytes = RequirePlanMemory(session, whole.info, naee);
+  RequireDiskSpace(output, 2 * whole.stats_bytes, "the rounds and what joins them");
+  std::vector<std::vector<SourceBlocks>> rounds;
+  std::vector<StatsInfo> planned;
+  for (size_t round = 0; round < kRoundEnds.size(); ++round) {
+    std::vector<SourceBlocks> slices = RoundOf(weighed, round);
+    if (slices.empty()) continue;  // fewer blocks than parts
+    planned.push_back(PlanObserve(model, slices, whole_options, session.pool().num_threads()).info);
+    rounds.push_back(std::move(slices));
   }
+  MergedInfo(planned);
+  if (!session.flags.resume) fs::remove_all(folder);
+  double weight = 0;
   ObservedRounds result;
   std::vector<fs::path> parts;
   std::vector<std::vector<int32_t>> before;
   const fs::path merged = folder / "merged";
-  for (size_t round = 0; round < kRoundEnds.size() && !result.stable; ++round) {
-    const std::vector<SourceBlocks> slices = RoundOf(sources, round);
-    if (slices.empty()) continue;  // fewer blocks than parts
+  for (size_t round = 0; round < rounds.size() && !result.stable; ++round) {
+    const std::vector<SourceBlocks>& slices = rounds[round];
     const fs::path part = folder / fmt::format("round-{}", round + 1);
     ObserveOptions round_options = options;
     const ObservePlan plan = PrepareObserve(session, model, slices, round_options, part.string());
-    CheckNaee(plan.info, {.keep = keep});
     uint64_t bytes_read = 0;
     if (!session.flags.resume || !fs::exists(part / "stats.json")) {
       fs::create_directories(folder);
@@ -100,14 +127,17 @@ ObservedRounds ObserveUntilStable(Session& session, const Model& model,
     fs::remove_all(merged);
     MergeStats(parts, merged, session.control());
     result.info = ReadStatsInfo(merged);
+    weight += WeightOf(slices);
+    if (weight == 0) {
+      session.Note(fmt::format("round {}: no token of it counts yet", round + 1));
+      continue;
+    }
     std::vector<std::vector<int32_t>> kept;
     std::vector<int32_t> changed;
     for (const StatsLayer& layer : result.info.layers) {
       const LayerStatsReader records(merged, result.info, layer);
-      kept.push_back(ChooseNaee(records, result.info, layer,
-                                {.keep = keep, .memory_budget_bytes = session.memory_budget() / 2},
-                                session.pool(), session.control())
-                         .kept);
+      kept.push_back(
+          ChooseNaee(records, result.info, layer, naee, session.pool(), session.control()).kept);
       if (kept.size() > before.size() || kept.back() != before[kept.size() - 1]) {
         changed.push_back(layer.layer);
       }
@@ -125,7 +155,9 @@ ObservedRounds ObserveUntilStable(Session& session, const Model& model,
          {"changed_layers", before.empty() ? OrderedJson() : OrderedJson(changed)}});
     before = std::move(kept);
   }
-  if (!result.stable) {
+  if (result.rounds.size() < 2) {
+    session.Warn("too little text for two rounds: nothing was compared; give more (--blocks)");
+  } else if (!result.stable) {
     session.Warn(
         "the choice still changes with more text: give more (--blocks), or take it as it is");
   }

@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 
+#include "base/error.h"
 #include "base/units.h"
 #include "methods/naee_search.h"
 #include "observe/layer_stats.h"
@@ -45,10 +46,15 @@ void PrintCurve(Session& session, const fs::path& stats, const StatsInfo& info,
   int64_t most = 0;
   for (const StatsLayer& layer : info.layers) most = std::max(most, layer.num_experts);
   const int64_t least = info.num_experts_per_tok;
-  options.keep = std::max<int64_t>(least, most - 1);
+  if (info.level != StatsLevel::kFull || info.progressive_keep) {
+    throw UsageError(info.progressive_keep
+                         ? "--curve: progressive statistics hold for one number of survivors"
+                         : "--curve needs the outputs of all experts",
+                     "observe with --stats full and without --progressive");
+  }
+  options.keep = least;
   options.search = SubsetSearch::kEliminate;
   options.guarded = GuardFor(info, choice);
-  CheckNaee(info, options);
   options.memory_budget_bytes = RequirePlanMemory(session, info, options);
   struct Row {
     double loss = 0, share = 0, worst_share = 0;
@@ -64,6 +70,10 @@ void PrintCurve(Session& session, const fs::path& stats, const StatsInfo& info,
         records, info, layer,
         {options.objective, options.memory_budget_bytes, GuardedIn(options.guarded, layer)}, least,
         session.pool(), session.control());
+    // A layer that has no more than so many loses nothing.
+    for (int64_t keep = layer.num_experts; keep < most; ++keep) {
+      rows[keep].layers.push_back({{"layer", layer.layer}, {"loss", 0.0}, {"share", 0.0}});
+    }
     for (const NaeeSet& set : curve) {
       const auto kept = std::ssize(set.kept);
       Row& row = rows[kept];
@@ -87,6 +97,9 @@ void PrintCurve(Session& session, const fs::path& stats, const StatsInfo& info,
     }
     ReportPlanned(session, info, i);
   }
+  // Guarded experts may end a layer's curve early.
+  std::erase_if(rows,
+                [&](const auto& row) { return row.second.layers.size() < info.layers.size(); });
   const std::string objective(NaeeObjectiveName(options.objective));
   const bool swaps = most <= kMostPolished;
   OrderedJson json = OrderedJson::array();

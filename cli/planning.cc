@@ -129,7 +129,7 @@ std::vector<LayerPlan> DivideAmongLayers(Session& session, const fs::path& stats
     } else {
       const NaeeSet& set = curves[i].at(static_cast<size_t>(plan.num_experts - 1 - survivors[i]));
       plan.kept = set.kept;
-      plan.loss = set.loss / static_cast<double>(info.num_tokens());
+      plan.loss = set.weight > 0 ? set.loss / set.weight : 0.0;
     }
     plan.dropped = OtherExperts(plan.kept, plan.num_experts);
     plans.push_back(plan);
@@ -244,10 +244,21 @@ CompressionPlan StartPlan(const StatsInfo& info, const std::string& method,
 
 }  // namespace
 
+namespace {
+
+// Beyond these a text outweighs or vanishes anyway.
+constexpr double kLeastFactor = 1e-6, kMostFactor = 1e6;
+
+}  // namespace
+
 StatsInfo ReadWeighedStats(Session& session, const fs::path& stats, const std::string& mix,
                            bool all_tokens) {
   StatsInfo info = ReadStatsInfo(stats);
   if (info.token_weights && all_tokens) {
+    if (info.progressive_keep) {
+      throw UsageError("--all-tokens: progressive statistics chose by the mask of the data",
+                       "observe the ids without their mask");
+    }
     info.token_weights = false;
   } else if (info.token_weights) {
     session.Note("tokens count as the mask of the data says; --all-tokens counts them alike");
@@ -272,9 +283,10 @@ StatsInfo ReadWeighedStats(Session& session, const fs::path& stats, const std::s
       used = 0;
     }
     if (equals == std::string::npos || used == 0 || equals + 1 + used != item.size() ||
-        !(factor >= 0) || !std::isfinite(factor)) {
-      throw UsageError(fmt::format("--mix: \"{}\" is not NAME=FACTOR", item),
-                       fmt::format("e.g. --mix prose=1,code=3; {}", expected));
+        !(factor == 0 || (factor >= kLeastFactor && factor <= kMostFactor))) {
+      throw UsageError(
+          fmt::format("--mix: \"{}\" is not NAME=FACTOR", item),
+          fmt::format("e.g. --mix prose=1,code=3, factors 0 or 1e-6 to 1e6; {}", expected));
     }
     if (!seen.insert(name).second) {
       throw UsageError(fmt::format("--mix: \"{}\" is there twice", name), expected);
@@ -342,6 +354,7 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
   NaeeOptions& options = choice.naee;
   const ScoreMethod* score = nullptr;
   CompressionPlan plan = StartPlan(info, choice.method, target);
+  options.guarded = GuardFor(info, choice);
   if (choice.method == "naee") {
     CheckNaee(info, options);
     const SubsetSearch search = ResolveSearch(options, info.layers.front());
@@ -364,10 +377,10 @@ CompressionPlan MakePruningPlan(Session& session, const fs::path& stats, const S
                                     : fmt::format("did you mean {}?", near));
     }
     CheckScoreMethod(*score, info, options.keep);
+    CheckGuarded(options);
     plan.search = "score";
     plan.objective = score->formula;
   }
-  options.guarded = GuardFor(info, choice);
   options.memory_budget_bytes = RequirePlanMemory(session, info, options);
   OutputLosses output_losses;
   const auto add_loss = [&](const LayerStatsReader& records, const StatsLayer& layer,

@@ -274,6 +274,32 @@ void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFl
   }
 }
 
+void ClaimWorkFolder(const fs::path& folder, const CommonFlags& flags,
+                     const std::function<bool(const std::string& name)>& is_ours) {
+  if (!fs::exists(folder)) return;
+  bool ours = fs::is_directory(folder);
+  if (ours) {
+    for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
+      ours = ours && is_ours(entry.path().filename().string());
+    }
+  }
+  if (!ours) {
+    throw UsageError(
+        fmt::format("{} was not written by winnow, so it is left alone", folder.string()),
+        "choose another name with -o, or remove it yourself");
+  }
+  if (flags.resume || flags.force) return;
+  throw UsageError(fmt::format("{} is left from an interrupted run", folder.string()),
+                   "go on with --resume, or start again with --force");
+}
+
+bool IsNumbered(std::string name, const std::string& prefix) {
+  constexpr std::string_view kPartial = ".partial";
+  if (name.ends_with(kPartial)) name.resize(name.size() - kPartial.size());
+  return name.size() > prefix.size() && name.starts_with(prefix) &&
+         name.find_first_not_of("0123456789", prefix.size()) == std::string::npos;
+}
+
 std::string Suggest(const std::string& wrong, const std::vector<std::string>& known) {
   std::string best;
   size_t best_distance = std::max<size_t>(2, wrong.size() / 3) + 1;

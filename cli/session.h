@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/file.h"         // fs
 #include "base/json.h"         // Json, OrderedJson
 #include "base/memory.h"       // MemoryPlan
 #include "base/progress.h"     // JobControl
@@ -114,6 +115,12 @@ enum class OutputKind { kFile, kFolder };
 // lies in `model`.
 void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFlags& flags,
                         const std::string& model = "");
+// A folder of unfinished work beside an output, OUT.work or OUT.rounds: refuses one that holds
+// anything `is_ours` does not know, and one that is left over without --resume or --force.
+void ClaimWorkFolder(const fs::path& folder, const CommonFlags& flags,
+                     const std::function<bool(const std::string& name)>& is_ours);
+// "stats-of-12" with the prefix "stats-of-": a number and nothing else behind it, or ".partial".
+bool IsNumbered(std::string name, const std::string& prefix);
 // For -o: without trailing slashes, so that OUT.partial lies beside OUT; refuses nothing at all.
 std::string OutputPath(std::string path);
 

@@ -283,9 +283,27 @@ TEST(Pipeline, CompressFindsHowMuchMayGo) {
   const Json config = ParseJson(ReadFolder(folder / "pruned-skips")["config.json"], "config.json");
   EXPECT_EQ(config["num_local_experts"], 6);
   EXPECT_EQ(config["betas"].size(), 4U);
-  // What was refused left nothing behind.
+  // Healed and skipping models are measured before they are published.
+  const ProgramResult late =
+      RunWinnow(Arguments{"compress", SampleModel(), "-q", "--keep", "4", "--active", "1.1",
+                          "--max-ppl-increase", "0.1%", "-o", folder / "late"} +
+                kCalibration);
+  EXPECT_EQ(late.exit_code, 5) << late.err;
+  // What was refused wrote no checkpoint, but its statistics answer again.
   EXPECT_EQ(ListFolder(folder.path()),
-            (std::vector<std::string>{"found", "pruned-skips", "sized", "skips"}));
+            (std::vector<std::string>{"fewer.work", "found", "late.work", "none.work",
+                                      "pruned-skips", "sized", "skips"}));
+  const ProgramResult again = compress({"--max-ppl-increase", "60%", "--resume"}, "none");
+  EXPECT_EQ(again.exit_code, 0) << again.err;
+  EXPECT_FALSE(fs::exists(folder / "none.work"));
+  EXPECT_EQ(compress({"--size", "100M"}, "fits").exit_code, 2);
+  EXPECT_EQ(compress({"--keep", "6", "--active", "3"}, "too-many").exit_code, 2);
+  EXPECT_FALSE(fs::exists(folder / "too-many.work"));
+  // Nothing of another program's is taken for ours.
+  fs::create_directory(folder / "strange.work");
+  std::ofstream(folder / "strange.work/notes.txt") << "mine";
+  EXPECT_EQ(compress({"--size", "6M", "--resume"}, "strange").exit_code, 2);
+  EXPECT_TRUE(fs::exists(folder / "strange.work/notes.txt"));
 }
 
 TEST(Pipeline, TheCurveSaysWhatPlansSay) {
@@ -325,8 +343,9 @@ TEST(Pipeline, AMixIsAnotherTextWithoutAnotherPass) {
   EXPECT_EQ(mixed["predicted"]["output_loss"], alone["predicted"]["output_loss"]);
   EXPECT_GT(mixed["predicted"]["output_loss_by_source"]["prose.calib"].get<double>(),
             mixed["predicted"]["output_loss"].get<double>());
-  for (const char* wrong : {"prose=1", "prose.calib", "prose.calib=-1", "prose.calib=x",
-                            "prose.calib=0,code.calib=0", "code.calib=1,code.calib=2"}) {
+  for (const char* wrong :
+       {"prose=1", "prose.calib", "prose.calib=-1", "prose.calib=x", "prose.calib=0,code.calib=0",
+        "code.calib=1,code.calib=2", "code.calib=1e40", "code.calib=1e-50"}) {
     EXPECT_EQ(RunWinnow({"plan", folder / "both", "--keep", "5", "--mix", wrong}).exit_code, 2)
         << wrong;
   }

@@ -110,7 +110,7 @@ class Refitter {
       return std::move(result_);
     }
     // From what the training tokens gave, which is near.
-    for (std::vector<double>& gram : cache_) gram.clear();
+    for (std::vector<double>& gram : cache_) gram = std::vector<double>();
     keep_inverses_ = !cache_.empty();
     inverses_.resize(parts_.size());
     for (int i = 0; i < sweeps_; ++i) Sweep(result_.lambda, Tokens::kAll);
@@ -292,7 +292,7 @@ class Refitter {
     } else {
       if (cache_[p].empty()) cache_[p] = Gram(part, tokens);
       damped_.assign(cache_[p].begin(), cache_[p].end());
-      if (keep_inverses_) cache_[p] = {};  // the inverse takes its place
+      if (keep_inverses_) cache_[p] = std::vector<double>();  // the inverse takes its place
     }
     double trace = 0;
     for (size_t i = 0; i < m; ++i) trace += damped_[i * (m + 1)];
@@ -408,7 +408,7 @@ class Refitter {
     packed_.Pack(multipliers_[p].data(), h, n, n, pool_);
     MatMul(packed_, {std::as_bytes(transposed_.span()).data(), m, n, Dtype::kF32},
            ChangeOf(part).data() + part.first_column, width, pool_);
-    multipliers_[p] = {};
+    multipliers_[p] = std::vector<float>();
   }
 
   // residual[ids[i]] -= rows[i]
@@ -501,17 +501,20 @@ LayerRefit RefitDownProjections(const RefitInput& input, const RefitOptions& opt
 uint64_t RefitBytes(int64_t num_tokens, int64_t hidden, std::span<const int64_t> widths) {
   const auto h = static_cast<uint64_t>(hidden), n = static_cast<uint64_t>(num_tokens);
   const auto chunk = static_cast<uint64_t>(kChunkRows);
-  uint64_t most_columns = 1, steps = 0;
+  uint64_t most_columns = 1, steps = 0, widest = 0;
   for (const int64_t width : widths) {
     steps += h * static_cast<uint64_t>(width) * sizeof(float);
+    widest = std::max(widest, static_cast<uint64_t>(width));
     most_columns = std::max(most_columns,
                             static_cast<uint64_t>((width + NumParts(width) - 1) / NumParts(width)));
   }
   const uint64_t square = most_columns * most_columns;
   const uint64_t panel = h * most_columns;
-  // Residual and its copy; Gram matrix (or kernel), its inverse's work and f32 form; correlation,
-  // gradient, change; products and chunks with their transposes and packs.
-  return steps + 2 * n * h * sizeof(float) + square * (3 * sizeof(double) + 4 * sizeof(float)) +
+  // One expert's change beside its multipliers; residual and its copy; Gram matrix (or kernel), its
+  // inverse's work and f32 form; correlation, gradient, change; products and chunks with their
+  // transposes and packs.
+  return steps + widest * h * sizeof(float) + 2 * n * h * sizeof(float) +
+         square * (3 * sizeof(double) + 4 * sizeof(float)) +
          panel * (sizeof(double) + 6 * sizeof(float)) +
          (std::max(square, std::max(panel, chunk * h)) + chunk * (4 * most_columns + 3 * h)) *
              sizeof(float);

@@ -360,12 +360,7 @@ void CheckNaee(const StatsInfo& info, const NaeeOptions& options) {
                     *info.progressive_keep, keep),
         "progressive pruning chooses while it observes: observe again with this --keep");
   }
-  for (const auto& [layer, experts] : options.guarded) {
-    if (std::ssize(experts) <= keep) continue;
-    throw UsageError(fmt::format("--keep {}: layer {} has {} experts with huge activations", keep,
-                                 layer, experts.size()),
-                     "keep more, or leave them without their guard: --no-guard");
-  }
+  CheckGuarded(options);
   for (const StatsLayer& layer : info.layers) {
     if (keep >= layer.num_experts) {
       throw UsageError(fmt::format("--keep {}: layer {} has {} experts, so none would go", keep,
@@ -419,6 +414,15 @@ std::vector<OutputLoss> LossOfOutput(const LayerStatsReader& records, const Stat
     loss.sum += batch.SquaredError(dropped, gone);
   }
   return losses;
+}
+
+void CheckGuarded(const NaeeOptions& options) {
+  for (const auto& [layer, experts] : options.guarded) {
+    if (std::ssize(experts) <= options.keep) continue;
+    throw UsageError(fmt::format("--keep {}: layer {} has {} experts with huge activations",
+                                 options.keep, layer, experts.size()),
+                     "keep more, or leave them without their guard: --no-guard");
+  }
 }
 
 std::vector<int32_t> GuardedIn(const GuardedExperts& guarded, const StatsLayer& layer) {

@@ -65,6 +65,8 @@ struct OutputLoss {
 std::vector<OutputLoss> LossOfOutput(const LayerStatsReader& records, const StatsInfo& info,
                                      const StatsLayer& layer, const std::vector<int32_t>& kept,
                                      ThreadPool& pool, const JobControl& control);
+// UsageError if a layer has more guarded experts than are kept.
+void CheckGuarded(const NaeeOptions& options);
 // The guarded experts of a layer.
 std::vector<int32_t> GuardedIn(const GuardedExperts& guarded, const StatsLayer& layer);
 

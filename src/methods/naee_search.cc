@@ -112,6 +112,9 @@ class Searcher {
       for (int64_t t = first; t < first + batch.num_tokens; ++t) {
         squared += factor_[static_cast<size_t>(t)] * target_norm_[static_cast<size_t>(t)];
       }
+      for (int64_t t = 0; t < batch.num_tokens; ++t) {
+        weight_ += mix_ * batch.Weight(static_cast<size_t>(t));
+      }
       whole_ += mix_ * BatchLoss(objective_, squared);
     });
   }
@@ -181,7 +184,7 @@ class Searcher {
     return loss;
   }
 
-  NaeeSet Result() const { return {Survivors(true), loss_, next_loss_, whole_}; }
+  NaeeSet Result() const { return {Survivors(true), loss_, next_loss_, whole_, weight_}; }
 
  private:
   struct Exchange {
@@ -423,7 +426,7 @@ class Searcher {
   std::vector<int32_t> next_;                        // the survivor after them, -1: none
   std::vector<Form> form_;                           // of the selected
   std::vector<Form> without_;                        // [T, k]: one of them gone, the next used
-  double loss_ = 0, next_loss_ = kInfinity, whole_ = 0;
+  double loss_ = 0, next_loss_ = kInfinity, whole_ = 0, weight_ = 0;
 };
 
 }  // namespace
@@ -436,7 +439,9 @@ std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo&
   for (int64_t keep = layer.num_experts - 1; keep >= least; --keep) {
     searcher.Eliminate(keep);
     if (layer.num_experts <= kMostPolished) searcher.Swap();
-    curve.push_back(searcher.Result());
+    NaeeSet set = searcher.Result();
+    if (std::ssize(set.kept) != keep) break;  // the rest is guarded
+    curve.push_back(std::move(set));
   }
   return curve;
 }

@@ -31,12 +31,13 @@ struct NaeeSet {
   double loss = 0;
   // Least loss among the sets one exchange away.
   double next_loss = 0;
-  double whole = 0;  // the loss if the layer put out nothing
+  double whole = 0;   // the loss if the layer put out nothing
+  double weight = 0;  // what all tokens count for
 };
 
 // Sets for every number of survivors from all experts but one down to `least`, in that order: each
 // is the one before without the expert that costs least, bettered by exchanges where a layer has at
-// most kMostPolished experts.
+// most kMostPolished experts. Shorter where guarded experts are more than `least`.
 inline constexpr int64_t kMostPolished = 32;
 std::vector<NaeeSet> NaeeCurve(const LayerStatsReader& records, const StatsInfo& info,
                                const StatsLayer& layer, const NaeeSearchOptions& options,

@@ -1,6 +1,7 @@
 // Experts with rare but huge activations ("super experts", arXiv 2507.23279): a handful in a model,
 // whose outputs carry the massive activations that attention leans on. A mean over tokens hardly
-// sees them, and without them a model can break down. They are named, and no method removes them.
+// sees them, and without them a model can break down. They are named; methods that hardly see them
+// are kept from removing them.
 //
 // An expert is one if the largest output of one of its channels is above the 99.5th percentile of
 // all experts of all layers and above a tenth of the largest (as in REAP's program), and, so that

@@ -22,8 +22,8 @@ constexpr int64_t kDocumentsPerBlock = 16;
 // Bytes of each document, in the file's order.
 std::vector<uint32_t> DocumentBytes(const TextSource& source, const std::string& field) {
   std::vector<uint32_t> bytes;
-  ReadDocuments(source, field, [&](const std::string& document) {
-    bytes.push_back(static_cast<uint32_t>(document.size()));  // at most 256 MiB
+  ReadPromptedDocuments(source, field, [&](const Document& document) {
+    bytes.push_back(static_cast<uint32_t>(document.text.size()));  // at most 256 MiB
     return true;
   });
   return bytes;

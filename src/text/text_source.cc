@@ -160,13 +160,14 @@ void ReadText(const fs::path& path, const std::function<bool(Document)>& on_docu
                             : "name the key that holds the text");
 }
 
-// Whether the line is an answer to a prompt.
+// Whether the line is an answer to a prompt. Not if another key than the usual one was asked for.
 bool IsPrompted(const Json& line, const std::string& field) {
-  return !line.contains(field) && line.contains("prompt") && line["prompt"].is_string() &&
-         line.contains("completion") && line["completion"].is_string();
+  return field == "text" && !line.contains(field) && line.contains("prompt") &&
+         line["prompt"].is_string() && line.contains("completion") &&
+         line["completion"].is_string();
 }
 
-void ReadJsonLines(const fs::path& path, const std::string& field,
+void ReadJsonLines(const fs::path& path, const std::string& field, bool prompted,
                    const std::function<bool(Document)>& on_document) {
   LineReader lines(path);
   std::string line;
@@ -188,7 +189,7 @@ void ReadJsonLines(const fs::path& path, const std::string& field,
       throw ModelError(fmt::format("{}: expected an object, got {}", where, object.type_name()),
                        "a .jsonl file has one object a line");
     }
-    if (IsPrompted(object, field)) {
+    if (prompted && IsPrompted(object, field)) {
       const auto prompt = object["prompt"].get<std::string>();
       const auto completion = object["completion"].get<std::string>();
       if (!completion.empty() && !on_document({prompt + completion, prompt.size()})) return;
@@ -239,23 +240,32 @@ TextSource ParseTextSource(const std::string& argument) {
   return source;
 }
 
-void ReadDocuments(const TextSource& source, const std::string& field,
-                   const std::function<bool(std::string document)>& on_document) {
-  ReadPromptedDocuments(source, field,
-                        [&](Document document) { return on_document(std::move(document.text)); });
-}
+namespace {
 
-void ReadPromptedDocuments(const TextSource& source, const std::string& field,
-                           const std::function<bool(Document document)>& on_document) {
+void Read(const TextSource& source, const std::string& field, bool prompted,
+          const std::function<bool(Document)>& on_document) {
   switch (KindOf(source.path).kind) {
     case TextKind::kText:
       return ReadText(source.path, on_document);
     case TextKind::kJsonLines:
-      return ReadJsonLines(source.path, field, on_document);
+      return ReadJsonLines(source.path, field, prompted, on_document);
     default:
       throw UsageError(fmt::format("{}: not a file of documents", source.path.string()),
                        "expected .txt or .jsonl, also with .xz, .zst or .gz behind it");
   }
+}
+
+}  // namespace
+
+void ReadDocuments(const TextSource& source, const std::string& field,
+                   const std::function<bool(std::string document)>& on_document) {
+  Read(source, field, false,
+       [&](Document document) { return on_document(std::move(document.text)); });
+}
+
+void ReadPromptedDocuments(const TextSource& source, const std::string& field,
+                           const std::function<bool(Document document)>& on_document) {
+  Read(source, field, true, on_document);
 }
 
 }  // namespace winnow

@@ -2,7 +2,8 @@
 //
 //   prose.txt, prose.txt.xz, .zst, .gz   a line `<|endoftext|>` ends a document and is not text
 //   code.jsonl (same suffixes)           one JSON object a line; the text is in `field`, or in
-//                                        `prompt` and `completion`, whose tokens alone count
+//                                        `prompt` and `completion`, the latter's tokens alone
+//                                        counting (calibration only)
 //   ids.safetensors                      `input_ids` I32/I64 [n, T], or [N] with `offsets` [n+1];
 //                                        `mask` of the same shape: what each token counts for
 //
@@ -38,8 +39,8 @@ TextSource ParseTextSource(const std::string& argument);
 void ReadDocuments(const TextSource& source, const std::string& field,
                    const std::function<bool(std::string document)>& on_document);
 
-// The same, with where the answer begins: a .jsonl line without `field` may have `prompt` and
-// `completion` instead, and its document is both, one after the other.
+// The same for calibration, with where the answer begins: a .jsonl line without `text`, if that is
+// the field, may have `prompt` and `completion` instead; its document is both, one after the other.
 struct Document {
   std::string text;
   size_t prompt_bytes = 0;  // 0: all of it counts

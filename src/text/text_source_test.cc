@@ -285,6 +285,26 @@ TEST_F(TokenIdsTest, Refusals) {
               HasSubstr("no tensor input_ids"));
 }
 
+// Answers to prompts are for calibration; where plain text is read, their key is missing.
+TEST_F(TextSourceTest, PromptedLinesAreReadWhereAnswersCount) {
+  const fs::path path = folder_.Write("a.jsonl", "{\"prompt\": \"ab\", \"completion\": \"c\"}\n");
+  const TextSource source = ParseTextSource(path.string());
+  std::vector<Document> documents;
+  const auto keep = [&](Document document) {
+    documents.push_back(std::move(document));
+    return true;
+  };
+  ReadPromptedDocuments(source, "text", keep);
+  ASSERT_EQ(documents.size(), 1U);
+  EXPECT_EQ(documents[0].text, "abc");
+  EXPECT_EQ(documents[0].prompt_bytes, 2U);
+  EXPECT_THAT(ModelErrorOf([&] { ReadPromptedDocuments(source, "txet", keep); }),
+              HasSubstr("no key \"txet\""));
+  EXPECT_THAT(
+      ModelErrorOf([&] { ReadDocuments(source, "text", [](const std::string&) { return true; }); }),
+      HasSubstr("no key \"text\""));
+}
+
 // `mask`: what each token counts for, in any type that has numbers or truth values.
 TEST_F(TokenIdsTest, MasksWeighTokens) {
   const std::vector<int32_t> ids = {1, 2, 3, 4};

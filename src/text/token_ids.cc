@@ -16,6 +16,8 @@ namespace {
 constexpr char kIds[] = "input_ids";
 constexpr char kOffsets[] = "offsets";
 constexpr char kMask[] = "mask";
+// Beyond these a token outweighs all others or vanishes.
+constexpr float kLeastWeight = 1e-6f, kMostWeight = 1e6f;
 constexpr char kHint[] = "expected input_ids I32 or I64 [n, T], or [N] with offsets [n + 1]";
 
 // Calls body(position, value) for each integer, a buffer at a time.
@@ -76,7 +78,10 @@ std::vector<float> ReadMask(const SafetensorsFile& file, const TensorInfo& mask,
     }
     total += static_cast<double>(weights[i]);
   }
-  if (!(total > 0)) throw ModelError(fmt::format("{}: {} counts no token", where, kMask));
+  if (!(total > 0)) {
+    throw ModelError(fmt::format("{}: {} counts no token", where, kMask),
+                     "leave it out if all tokens count alike");
+  }
   return weights;
 }
 

@@ -2,7 +2,9 @@
 // z)), h the residual stream before the routed experts and z what they add: outputs count where
 // they turn the stream. Each source's scores of a layer are divided by their sum before they are
 // added, so that no domain outweighs another; --mix weighs the sources after that.
+#include <map>
 #include <numeric>
+#include <string>
 
 #include "methods/score_method.h"
 
@@ -10,14 +12,24 @@ namespace winnow {
 namespace {
 
 std::vector<double> Score(const ScoreInput& input) {
-  std::vector<double> score(static_cast<size_t>(input.layer.num_experts));
+  const auto experts = static_cast<size_t>(input.layer.num_experts);
+  // Parts of one text, observed in rounds, have one name and are one text.
+  struct Text {
+    std::vector<double> sums;
+    double mix = 1;
+  };
+  std::map<std::string, Text> texts;
   for (size_t s = 0; s < input.summary.turning_norm.size(); ++s) {
-    const std::vector<double>& of_source = input.summary.turning_norm[s];
-    const double total = std::accumulate(of_source.begin(), of_source.end(), 0.0);
+    Text& text = texts[input.info.sources[s].name];
+    text.sums.resize(experts);
+    text.mix = input.info.sources[s].mix;
+    for (size_t e = 0; e < experts; ++e) text.sums[e] += input.summary.turning_norm[s][e];
+  }
+  std::vector<double> score(experts);
+  for (const auto& [name, text] : texts) {
+    const double total = std::accumulate(text.sums.begin(), text.sums.end(), 0.0);
     if (!(total > 0)) continue;
-    for (size_t e = 0; e < score.size(); ++e) {
-      score[e] += input.info.sources[s].mix * of_source[e] / total;
-    }
+    for (size_t e = 0; e < experts; ++e) score[e] += text.mix * text.sums[e] / total;
   }
   return score;
 }
