@@ -30,14 +30,8 @@ ExpertSummary SummarizeExperts(const LayerStatsReader& records, const StatsInfo&
   RoutingRecords batch;
   std::vector<int32_t> order(experts);
   std::vector<double> mass(experts);
-  const std::vector<size_t> source_of_batch = info.BatchSources();
-  const std::vector<int64_t> batch_tokens = info.BatchTokens();
-  int64_t first = 0;
-  for (size_t b = 0; b < batch_tokens.size(); ++b) {
-    const int64_t num_tokens = batch_tokens[b];
-    const size_t source = source_of_batch[b];
+  for (const auto& [first, num_tokens, source, mix] : info.Batches()) {
     records.ReadRouting(first, num_tokens, batch);
-    first += num_tokens;
     const bool has_norms = !batch.selected_norm.empty();
     if (has_norms && sums.norm.empty()) {
       sums.turning_norm.resize(info.sources.size(), std::vector<double>(experts));
@@ -52,7 +46,7 @@ ExpertSummary SummarizeExperts(const LayerStatsReader& records, const StatsInfo&
       double used = 0;
       for (size_t i = 0; i < k; ++i) used += mass[static_cast<size_t>(order[i])];
       const double scale = info.norm_topk_prob ? 1 / (used + info.normalize_epsilon) : 1.0;
-      const double counts = info.sources[source].mix * batch.Weight(t);
+      const double counts = mix * batch.Weight(t);
       const double turning = has_norms ? Turning(batch, t) : 0;
       for (size_t i = 0; i < k; ++i) {
         const auto e = static_cast<size_t>(order[i]);

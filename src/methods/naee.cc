@@ -261,24 +261,16 @@ std::vector<double> SubsetLosses(const LayerStatsReader& records, const StatsInf
   Batch batch(info, objective, layer.num_experts, std::ssize(subsets.front()),
               records.has_target());
   TokenRecords tokens;
-  const std::vector<size_t> source_of_batch = info.BatchSources();
-  const std::vector<int64_t> batch_tokens = info.BatchTokens();
-  int64_t first = 0;
-  for (size_t b = 0; b < batch_tokens.size(); ++b) {
+  for (const StatsBatch& each : info.Batches()) {
     control.Poll();
-    const double mix = info.sources[source_of_batch[b]].mix;
-    if (mix == 0) {
-      first += batch_tokens[b];
-      continue;
-    }
-    records.ReadTokens(first, batch_tokens[b], tokens);
+    if (each.mix == 0) continue;
+    records.ReadTokens(each.first_token, each.num_tokens, tokens);
     batch.Prepare(tokens, pool);
-    first += batch_tokens[b];
     pool.Run(std::ssize(subsets), [&](int64_t i, int) {
       const auto at = static_cast<size_t>(i);
       std::vector<uint8_t> gone(static_cast<size_t>(layer.num_experts));
       for (const int32_t e : subsets[at]) gone[static_cast<size_t>(e)] = 1;
-      loss[at] += mix * BatchLoss(objective, batch.SquaredError(subsets[at], gone));
+      loss[at] += each.mix * BatchLoss(objective, batch.SquaredError(subsets[at], gone));
     });
   }
   return loss;
@@ -398,14 +390,10 @@ std::vector<OutputLoss> LossOfOutput(const LayerStatsReader& records, const Stat
   Batch batch(info, NaeeObjective::kOutput, layer.num_experts, std::ssize(dropped),
               records.has_target());
   TokenRecords tokens;
-  const std::vector<size_t> source_of_batch = info.BatchSources();
-  const std::vector<int64_t> batch_tokens = info.BatchTokens();
-  int64_t first = 0;
-  for (size_t b = 0; b < batch_tokens.size(); ++b) {
+  for (const StatsBatch& each : info.Batches()) {
     control.Poll();
-    records.ReadTokens(first, batch_tokens[b], tokens);
-    first += batch_tokens[b];
-    OutputLoss& loss = losses[source_of_batch[b]];
+    records.ReadTokens(each.first_token, each.num_tokens, tokens);
+    OutputLoss& loss = losses[each.source];
     for (size_t t = 0; t < static_cast<size_t>(tokens.num_tokens); ++t) {
       loss.weight += tokens.Weight(t);
     }

@@ -66,12 +66,6 @@ struct TokenView {
   }
 };
 
-std::vector<double> MixOfBatches(const StatsInfo& info) {
-  std::vector<double> mix;
-  for (const size_t source : info.BatchSources()) mix.push_back(info.sources[source].mix);
-  return mix;
-}
-
 class Searcher {
  public:
   Searcher(const LayerStatsReader& records, const StatsInfo& info, const StatsLayer& layer,
@@ -80,8 +74,7 @@ class Searcher {
         objective_(options.objective),
         pool_(pool),
         control_(control),
-        batch_tokens_(info.BatchTokens()),
-        batch_mix_(MixOfBatches(info)),
+        batches_(info.Batches()),
         experts_(layer.num_experts),
         k_(info.num_experts_per_tok),
         normalize_(info.norm_topk_prob),
@@ -93,7 +86,7 @@ class Searcher {
     const uint64_t record_bytes =
         static_cast<uint64_t>(tokens) *
         static_cast<uint64_t>(experts_ * (experts_ + 1) / 2 + 2 * experts_) * sizeof(float);
-    if (record_bytes <= options.memory_bytes) held_.resize(batch_tokens_.size());
+    if (record_bytes <= options.memory_bytes) held_.resize(batches_.size());
     const auto n = static_cast<size_t>(tokens), e = static_cast<size_t>(experts_),
                k = static_cast<size_t>(k_);
     order_.resize(n * e);
@@ -216,16 +209,15 @@ class Searcher {
   // body(first token, records) for each batch in order.
   template <class Body>
   void ForBatches(const Body& body) {
-    int64_t first = 0;
-    for (size_t b = 0; b < batch_tokens_.size(); ++b) {
+    for (size_t b = 0; b < batches_.size(); ++b) {
       control_.Poll();
+      const StatsBatch& batch = batches_[b];
       TokenRecords& records = held_.empty() ? scratch_ : held_[b];
       if (held_.empty() || records.num_tokens == 0) {
-        reader_.ReadTokens(first, batch_tokens_[b], records);
+        reader_.ReadTokens(batch.first_token, batch.num_tokens, records);
       }
-      mix_ = batch_mix_[b];
-      body(first, std::as_const(records));
-      first += batch_tokens_[b];
+      mix_ = batch.mix;
+      body(batch.first_token, std::as_const(records));
     }
   }
 
@@ -408,8 +400,7 @@ class Searcher {
   NaeeObjective objective_;
   ThreadPool& pool_;
   const JobControl& control_;
-  std::vector<int64_t> batch_tokens_;
-  std::vector<double> batch_mix_;  // what a batch's loss is multiplied with
+  std::vector<StatsBatch> batches_;
   int64_t experts_, k_;
   bool normalize_;
   double epsilon_;

@@ -85,14 +85,11 @@ double MedianBeta(const LayerStatsReader& records, const StatsInfo& info, const 
   std::vector<float> ratios(static_cast<size_t>(k)), last;
   std::vector<double> weights;
   RoutingRecords batch;
-  const std::vector<size_t> source_of_batch = info.BatchSources();
-  size_t next_batch = 0;
-  int64_t first = 0;
-  for (const int64_t num_tokens : info.BatchTokens()) {
+  for (const StatsBatch& each : info.Batches()) {
+    const int64_t first = each.first_token, num_tokens = each.num_tokens;
+    const double mix = each.mix;
     control.Poll();
-    const double mix = info.sources[source_of_batch[next_batch++]].mix;
     records.ReadRouting(first, num_tokens, batch);
-    first += num_tokens;
     for (size_t t = 0; t < static_cast<size_t>(num_tokens); ++t) {
       Ratios(std::span(batch.router_logits).subspan(t * experts, experts), k, order, ratios);
       last.push_back(ratios.back());
@@ -111,12 +108,10 @@ std::vector<Rank> SortedRanks(const LayerStatsReader& records, const StatsInfo& 
   const size_t pairs = experts * (experts + 1) / 2;
   std::vector<Rank> ranks(static_cast<size_t>(info.num_tokens()) * (k - 1));
   TokenRecords batch;
-  const std::vector<size_t> source_of_batch = info.BatchSources();
-  size_t next_batch = 0;
-  int64_t first = 0;
-  for (const int64_t num_tokens : info.BatchTokens()) {
+  for (const StatsBatch& each : info.Batches()) {
+    const int64_t first = each.first_token, num_tokens = each.num_tokens;
+    const double mix = each.mix;
     control.Poll();
-    const double mix = info.sources[source_of_batch[next_batch++]].mix;
     records.ReadTokens(first, num_tokens, batch);
     constexpr int64_t kTokens = 64;
     pool.Run((num_tokens + kTokens - 1) / kTokens, [&](int64_t task, int) {
@@ -160,7 +155,6 @@ std::vector<Rank> SortedRanks(const LayerStatsReader& records, const StatsInfo& 
         }
       }
     });
-    first += num_tokens;
   }
   std::stable_sort(ranks.begin(), ranks.end(),
                    [](const Rank& a, const Rank& b) { return a.ratio < b.ratio; });

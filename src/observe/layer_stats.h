@@ -56,33 +56,32 @@ class LayerStatsWriter {
   std::vector<TensorInfo> tensors_;
 };
 
-// Records of consecutive tokens, as plans read them.
-struct TokenRecords {
-  int64_t num_tokens = 0;
-  std::vector<float> router_logits;        // [n, E]
-  std::vector<float> gram;                 // [n, E(E+1)/2]
-  std::vector<float> target_dot;           // [n, E], progressive only
-  std::vector<float> target_norm_squared;  // [n], progressive only
-  std::vector<float> stream_norm_squared;  // [n], of the residual stream after the layer
-  std::vector<float> token_weight;         // [n], empty: every token counts alike
+// What consecutive tokens count for.
+struct TokenWeights {
+  std::vector<float> token_weight;  // [n], empty: all alike
 
   double Weight(size_t token) const {
     return token_weight.empty() ? 1.0 : static_cast<double>(token_weight[token]);
   }
 };
 
+// Records of consecutive tokens, as plans read them.
+struct TokenRecords : TokenWeights {
+  int64_t num_tokens = 0;
+  std::vector<float> router_logits;        // [n, E]
+  std::vector<float> gram;                 // [n, E(E+1)/2]
+  std::vector<float> target_dot;           // [n, E], progressive only
+  std::vector<float> target_norm_squared;  // [n], progressive only
+  std::vector<float> stream_norm_squared;  // [n], of the residual stream after the layer
+};
+
 // What scores of single experts need, at every level of statistics.
-struct RoutingRecords {
+struct RoutingRecords : TokenWeights {
   int64_t num_tokens = 0;
   std::vector<float> router_logits;  // [n, E]
   std::vector<float> selected_norm;  // [n, k], best first; empty at level routing
   // [n] |h|^2, h . z and |z|^2; empty at level routing
   std::vector<float> residual_norm_squared, residual_dot_routed, routed_norm_squared;
-  std::vector<float> token_weight;  // [n], empty: every token counts alike
-
-  double Weight(size_t token) const {
-    return token_weight.empty() ? 1.0 : static_cast<double>(token_weight[token]);
-  }
 };
 
 class LayerStatsReader {

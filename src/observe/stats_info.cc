@@ -78,14 +78,16 @@ int64_t StatsInfo::num_tokens() const {
   return total;
 }
 
-std::vector<int64_t> StatsInfo::BatchTokens() const {
-  std::vector<int64_t> batches;
-  for (const StatsSource& source : sources) {
+std::vector<StatsBatch> StatsInfo::Batches() const {
+  std::vector<StatsBatch> batches;
+  int64_t token = 0;
+  for (size_t s = 0; s < sources.size(); ++s) {
     int64_t in_batch = 0;
-    for (const auto& [length, repeats] : source.lengths) {
+    for (const auto& [length, repeats] : sources[s].lengths) {
       for (int64_t i = 0; i < repeats; ++i) {
-        if (in_batch == 0) batches.push_back(0);
-        batches.back() += length;
+        if (in_batch == 0) batches.push_back({token, 0, s, sources[s].mix});
+        batches.back().num_tokens += length;
+        token += length;
         in_batch = (in_batch + 1) % batch;
       }
     }
@@ -93,13 +95,10 @@ std::vector<int64_t> StatsInfo::BatchTokens() const {
   return batches;
 }
 
-std::vector<size_t> StatsInfo::BatchSources() const {
-  std::vector<size_t> of_batch;
-  for (size_t s = 0; s < sources.size(); ++s) {
-    of_batch.resize(
-        of_batch.size() + static_cast<size_t>((sources[s].num_sequences + batch - 1) / batch), s);
-  }
-  return of_batch;
+std::vector<int64_t> StatsInfo::BatchTokens() const {
+  std::vector<int64_t> tokens;
+  for (const StatsBatch& each : Batches()) tokens.push_back(each.num_tokens);
+  return tokens;
 }
 
 OrderedJson StatsInfoToJson(const StatsInfo& info) {

@@ -45,6 +45,13 @@ struct StatsLayer {
   int64_t model_num_experts = 0;  // with as_if_kept: of the model itself
 };
 
+// Consecutive tokens of one source whose error makes one norm of the published loss.
+struct StatsBatch {
+  int64_t first_token = 0, num_tokens = 0;
+  size_t source = 0;
+  double mix = 1;  // the source's
+};
+
 struct StatsInfo {
   std::string model_fingerprint;
   std::string model_type;
@@ -68,8 +75,7 @@ struct StatsInfo {
   int64_t num_tokens() const;
   // Token counts of the batches, in order; batches never straddle sources.
   std::vector<int64_t> BatchTokens() const;
-  // The source of each batch, as an index.
-  std::vector<size_t> BatchSources() const;
+  std::vector<StatsBatch> Batches() const;
 };
 
 OrderedJson StatsInfoToJson(const StatsInfo& info);
