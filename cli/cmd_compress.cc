@@ -111,7 +111,7 @@ struct Candidate {
 // What an interrupted, a refused or a --keep-stats run leaves: nothing but these.
 bool IsOfWork(const std::string& name) {
   return name == "stats" || name == "stats.partial" || IsNumbered(name, "stats-of-") ||
-         name == "healed" || IsNumbered(name, "healed-") || name == kCandidateName ||
+         IsNumbered(name, "healed-") || name == kCandidateName ||
          name == std::string(kCandidateName) + ".partial" || name == kReplacesName ||
          name.ends_with(".spill");
 }
@@ -323,9 +323,7 @@ class Chooser {
   }
 
  private:
-  fs::path HealedFolder(int64_t keep) const {
-    return work_ / (flags_.searches() ? fmt::format("healed-{}", keep) : "healed");
-  }
+  fs::path HealedFolder(int64_t keep) const { return work_ / fmt::format("healed-{}", keep); }
   CompressionPlan Plan(int64_t keep) {
     PruningChoice choice;
     choice.naee.keep = keep;
@@ -438,7 +436,9 @@ int RunCompress(Session& session, CompressFlags& flags) {
     const fs::path written = measured_late ? work / kCandidateName : fs::path(flags.output);
     applied = ApplyPlan(model, plan, rewrite, options, written, session.control());
     if (measured_late) {
-      RequireIncrease(flags, chooser.IncreaseOf(Model::Open(written.string())));
+      const double increase = chooser.IncreaseOf(Model::Open(written.string()));
+      if (increase > ParseIncrease(flags.max_increase)) fs::remove_all(written);
+      RequireIncrease(flags, increase);
       fs::remove_all(flags.output);
       RenameDurably(written, flags.output);
     }

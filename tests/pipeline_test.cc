@@ -299,6 +299,12 @@ TEST(Pipeline, CompressFindsHowMuchMayGo) {
   EXPECT_EQ(compress({"--size", "100M"}, "fits").exit_code, 2);
   EXPECT_EQ(compress({"--keep", "6", "--active", "3"}, "too-many").exit_code, 2);
   EXPECT_FALSE(fs::exists(folder / "too-many.work"));
+  // With another number of survivors too.
+  const ProgramResult more =
+      RunWinnow(Arguments{"compress", SampleModel(), "-q", "--keep", "7", "--max-ppl-increase",
+                          "60%", "--resume", "-o", folder / "late"} +
+                kCalibration);
+  EXPECT_EQ(more.exit_code, 0) << more.err;
   // Nothing of another program's is taken for ours.
   fs::create_directory(folder / "strange.work");
   std::ofstream(folder / "strange.work/notes.txt") << "mine";
