@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--corpus", help="folder of texts; without it the bundled ones")
     parser.add_argument("--blocks", type=int, default=65, help="of 512 tokens, over all domains")
     parser.add_argument("--tokens", type=int, default=8192, help="of each domain to judge by")
-    parser.add_argument("--methods", nargs="*", default=["frequency", "reap", "weighted-ean", "leave-one-out"])
+    parser.add_argument("--methods", nargs="*", default=["frequency", "reap", "weighted-ean", "easy-ep", "aimer", "leave-one-out"])
     parser.add_argument("--work", help="folder for temporary files")
     parser.add_argument("-o", "--output", help="file to write; without it standard output")
     args = parser.parse_args()

@@ -6,6 +6,8 @@
 #include <zlib.h>
 #include <zstd.h>
 
+#include <limits>
+
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
 #include "checkpoint/test_folder.h"
@@ -327,6 +329,10 @@ TEST_F(TokenIdsTest, MasksWeighTokens) {
               HasSubstr("mask[0]"));
   EXPECT_THAT(ModelErrorOf(write(Dtype::kF32, std::vector<float>{NAN, 0, 0, 1}, {2, 2})),
               HasSubstr("mask[0]"));
+  for (const float wrong : {1e7f, 1e-7f, std::numeric_limits<float>::infinity()}) {
+    EXPECT_THAT(ModelErrorOf(write(Dtype::kF32, std::vector<float>{wrong, 0, 0, 1}, {2, 2})),
+                HasSubstr("mask[0]"));
+  }
   EXPECT_THAT(ModelErrorOf(write(Dtype::kU8, std::vector<uint8_t>{0, 0, 0, 0}, {2, 2})),
               HasSubstr("counts no token"));
   EXPECT_THAT(ModelErrorOf(write(Dtype::kU8, std::vector<uint8_t>{0, 1, 1, 0}, {4})),

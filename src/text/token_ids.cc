@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -72,9 +71,10 @@ std::vector<float> ReadMask(const SafetensorsFile& file, const TensorInfo& mask,
   }
   double total = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    if (!(weights[i] >= 0) || !std::isfinite(weights[i])) {
+    if (!(weights[i] == 0 || (weights[i] >= kLeastWeight && weights[i] <= kMostWeight))) {
       throw ModelError(
-          fmt::format("{}: {}[{}] is {}, expected a number from 0", where, kMask, i, weights[i]));
+          fmt::format("{}: {}[{}] is {}, expected 0 or 1e-6 to 1e6", where, kMask, i, weights[i]),
+          "a mask says what each token counts for, e.g. 1 for answers and 0 for prompts");
     }
     total += static_cast<double>(weights[i]);
   }
