@@ -116,18 +116,32 @@ bool IsOfWork(const std::string& name) {
          name.ends_with(".spill");
 }
 
-// Whether there is text enough to heal with; refuses what the budget does not hold.
-bool CanHeal(Session& session, const Model& model, const std::vector<SourceBlocks>& sources,
-             const StatsInfo& info, int64_t keep) {
-  CompressionPlan any;
+// The most survivors of every layer: one expert less than the smallest has.
+int64_t MostKept(const StatsInfo& info) {
+  int64_t least_experts = INT64_MAX;
+  for (const StatsLayer& layer : info.layers) {
+    least_experts = std::min(least_experts, layer.num_experts);
+  }
+  return least_experts - 1;
+}
+
+// As large as any plan that keeps so many.
+CompressionPlan KeepingTheFirst(const StatsInfo& info, int64_t keep) {
+  CompressionPlan plan;
   for (const StatsLayer& layer : info.layers) {
     LayerPlan first;
     first.layer = layer.layer;
     for (int32_t e = 0; e < keep; ++e) first.kept.push_back(e);
-    any.layers.push_back(first);
+    plan.layers.push_back(first);
   }
+  return plan;
+}
+
+// Whether there is text enough to heal with; refuses what the budget does not hold.
+bool CanHeal(Session& session, const Model& model, const std::vector<SourceBlocks>& sources,
+             const StatsInfo& info, int64_t keep) {
   try {
-    PrepareHeal(session, model, any, sources);
+    PrepareHeal(session, model, KeepingTheFirst(info, keep), sources);
     return true;
   } catch (const UsageError& problem) {
     session.Warn(fmt::format("without healing: {}", problem.what()));
@@ -151,8 +165,6 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
     };
   }
   const ObservePlan plan = PrepareObserve(session, model, sources, options, stats.string());
-  int64_t most = 0;
-  for (const StatsLayer& layer : plan.info.layers) most = std::max(most, layer.num_experts);
   if (flags.keep > 0) CheckNaee(plan.info, {.keep = flags.keep});
   if (flags.active > 0) CheckNaeeSkip(plan.info, SkipBudget{.active_experts = flags.active});
   if (!flags.max_increase.empty() || flags.budget == "uneven") {
@@ -169,21 +181,14 @@ StatsInfo Observe(Session& session, CompressFlags& flags, const Model& model,
   // same.
   if (!flags.prunes()) flags.no_heal = true;
   if (!flags.no_heal) {
-    flags.no_heal =
-        !CanHeal(session, model, sources, plan.info, flags.keep > 0 ? flags.keep : most - 1);
+    flags.no_heal = !CanHeal(session, model, sources, plan.info,
+                             flags.keep > 0 ? flags.keep : MostKept(plan.info));
   }
   if (session.flags.dry_run) {
     session.PrintDryRun("compress", DescribeObserve(plan));
     return plan.info;
   }
-  if (session.flags.resume && fs::exists(stats / "stats.json")) {
-    const StatsInfo finished = ReadStatsInfo(stats);
-    if (StatsInfoToJson(finished) != StatsInfoToJson(plan.info)) {
-      throw UsageError(fmt::format("{} was made with another model, text or flag", stats.string()),
-                       "repeat the command as it was, or start again with --force");
-    }
-    return finished;
-  }
+  if (HasFinishedStats(session, stats, plan.info)) return plan.info;
   // Only now: what is refused above leaves nothing behind.
   if (!session.flags.resume) fs::remove_all(stats.parent_path());
   fs::create_directories(stats.parent_path());
@@ -201,18 +206,10 @@ int64_t LargestWithin(const Model& model, const std::string& size) {
                                  FormatBytes(model.checkpoint().total_bytes())),
                      "give a smaller size, or say with --keep how many experts are to stay");
   }
-  int64_t most = INT64_MAX;
-  for (const StatsLayer& layer : info.layers) most = std::min(most, layer.num_experts - 1);
   uint64_t smallest = model.checkpoint().total_bytes();
-  for (int64_t keep = most; keep >= info.num_experts_per_tok && !info.layers.empty(); --keep) {
-    CompressionPlan plan;
-    for (const StatsLayer& layer : info.layers) {
-      LayerPlan first;
-      first.layer = layer.layer;
-      for (int32_t e = 0; e < keep; ++e) first.kept.push_back(e);
-      plan.layers.push_back(first);
-    }
-    smallest = PlanRewrite(model, plan, {}).bytes_after;
+  for (int64_t keep = info.layers.empty() ? 0 : MostKept(info); keep >= info.num_experts_per_tok;
+       --keep) {
+    smallest = PlanRewrite(model, KeepingTheFirst(info, keep), {}).bytes_after;
     if (smallest <= bytes) return keep;
   }
   throw QualityError(
@@ -237,13 +234,7 @@ class Chooser {
   }
 
   int64_t least() const { return info_.num_experts_per_tok; }
-  int64_t most() const {
-    int64_t least_experts = INT64_MAX;
-    for (const StatsLayer& layer : info_.layers) {
-      least_experts = std::min(least_experts, layer.num_experts);
-    }
-    return least_experts - 1;
-  }
+  int64_t most() const { return MostKept(info_); }
 
   Candidate Keep(int64_t keep) {
     Candidate candidate{.keep = keep, .plan = Plan(keep), .healing = {}};
@@ -342,11 +333,8 @@ class Chooser {
     options.level = StatsLevel::kFull;
     options.kept_experts = KeptExperts(plan, model_.config().num_layers());
     const ObservePlan observe = PrepareObserve(session_, model_, sources_, options, stats.string());
-    if (!session_.flags.resume || !fs::exists(stats / "stats.json")) {
+    if (!HasFinishedStats(session_, stats, observe.info)) {
       RunObserve(model_, sources_, options, observe, stats, session_.pool(), session_.control());
-    } else if (StatsInfoToJson(ReadStatsInfo(stats)) != StatsInfoToJson(observe.info)) {
-      throw UsageError(fmt::format("{} was made with another model, text or flag", stats.string()),
-                       "repeat the command as it was, or start again with --force");
     }
     const CompressionPlan skipping = MakeSkippingPlan(
         session_, stats, observe.info, SkipBudget{.active_experts = flags_.active}, flags_.target);

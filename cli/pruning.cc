@@ -62,6 +62,13 @@ ObservePlan PrepareObserve(Session& session, const Model& model,
   return *plan;
 }
 
+bool HasFinishedStats(const Session& session, const fs::path& stats, const StatsInfo& expected) {
+  if (!session.flags.resume || !fs::exists(stats / "stats.json")) return false;
+  if (StatsInfoToJson(ReadStatsInfo(stats)) == StatsInfoToJson(expected)) return true;
+  throw UsageError(fmt::format("{} was made with another model, text or flag", stats.string()),
+                   "repeat the command as it was, or start again with --force");
+}
+
 OrderedJson DescribeObserve(const ObservePlan& plan) {
   return {{"level", StatsLevelName(plan.info.level)},
           {"tokens", plan.info.num_tokens()},

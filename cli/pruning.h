@@ -16,6 +16,9 @@ namespace winnow::cli {
 ObservePlan PrepareObserve(Session& session, const Model& model,
                            const std::vector<SourceBlocks>& sources, ObserveOptions& options,
                            const std::string& output);
+// Whether `stats` is there already and --resume goes on from it; UsageError if it is of another run
+// than the one that `expected` describes.
+bool HasFinishedStats(const Session& session, const fs::path& stats, const StatsInfo& expected);
 // What --dry-run --json tells of it.
 OrderedJson DescribeObserve(const ObservePlan& plan);
 // Coverage of every MoE layer as JSON; warns with the names of experts no token reached.

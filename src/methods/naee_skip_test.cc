@@ -29,32 +29,37 @@ TEST(NaeeSkip, MedianIsThePublishedOne) {
   EXPECT_EQ(std::ssize(plans[0].kept), plans[0].num_experts);
 }
 
-class NaeeSkipBudget : public testing::TestWithParam<const char*> {};
+class NaeeSkipBudget : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    Observe(model_, {SourceOf("golden", tokens_)}, {.level = StatsLevel::kFull}, stats_);
+    info_ = ReadStatsInfo(stats_);
+  }
+  const Model model_ = Model::Open(GoldenFolder(GetParam()));
+  const TokenSet tokens_ = GoldenTokens(GetParam());
+  const TestFolder folder_;
+  const fs::path stats_ = folder_.path() / "stats";
+  StatsInfo info_;
+};
 
 TEST_P(NaeeSkipBudget, SpendsWhatIsAskedAndPredictsTheError) {
-  const Model model = Model::Open(GoldenFolder(GetParam()));
-  const TokenSet tokens = GoldenTokens(GetParam());
-  const TestFolder folder;
-  const fs::path stats = folder.path() / "stats";
-  Observe(model, {SourceOf("golden", tokens)}, {.level = StatsLevel::kFull}, stats);
-  const StatsInfo info = ReadStatsInfo(stats);
-  const int64_t k = info.num_experts_per_tok, n = tokens.num_tokens();
+  const int64_t k = info_.num_experts_per_tok, n = tokens_.num_tokens();
   const double target = static_cast<double>(k) - 0.4;
   ThreadPool pool(2);
-  const auto plans = ChooseNaeeSkip(stats, info, SkipBudget{.active_experts = target}, pool, {});
-  ForwardTrace trace = RunForward(model, tokens, {.watch = Watch::kExpertOutputs});
-  const int64_t h = model.config().hidden_size;
+  const auto plans = ChooseNaeeSkip(stats_, info_, SkipBudget{.active_experts = target}, pool, {});
+  ForwardTrace trace = RunForward(model_, tokens_, {.watch = Watch::kExpertOutputs});
+  const int64_t h = model_.config().hidden_size;
   int64_t active = 0;
   for (size_t i = 0; i < plans.size(); ++i) {
     const TracedLayer& traced = trace.layers.at(plans[i].layer);
     const int64_t experts = plans[i].num_experts;
     TokenRecords records;
-    LayerStatsReader(stats, info, info.layers[i]).ReadTokens(0, n, records);
+    LayerStatsReader(stats_, info_, info_.layers[i]).ReadTokens(0, n, records);
     std::vector<int32_t> ids(static_cast<size_t>(k));
     std::vector<float> weights(ids.size());
     double error = 0;
     for (int64_t t = 0; t < n; ++t) {
-      SelectExperts(model.config(), traced.router_logits.data() + t * experts, 1, experts,
+      SelectExperts(model_.config(), traced.router_logits.data() + t * experts, 1, experts,
                     ids.data(), weights.data(), plans[i].beta.value());
       double squared = 0;
       for (int64_t c = 0; c < h; ++c) {
@@ -81,20 +86,14 @@ TEST_P(NaeeSkipBudget, SpendsWhatIsAskedAndPredictsTheError) {
 }
 
 TEST_P(NaeeSkipBudget, OneQuantileSkipsTheSameShareInEveryLayer) {
-  const Model model = Model::Open(GoldenFolder(GetParam()));
-  const TokenSet tokens = GoldenTokens(GetParam());
-  const TestFolder folder;
-  const fs::path stats = folder.path() / "stats";
-  Observe(model, {SourceOf("golden", tokens)}, {.level = StatsLevel::kFull}, stats);
-  const StatsInfo info = ReadStatsInfo(stats);
-  const int64_t k = info.num_experts_per_tok, n = tokens.num_tokens();
+  const int64_t k = info_.num_experts_per_tok, n = tokens_.num_tokens();
   ThreadPool pool(2);
-  const auto plans = ChooseNaeeSkip(stats, info, SkipBudget{.quantile = 0.25}, pool, {});
-  const ForwardTrace trace = RunForward(model, tokens);
+  const auto plans = ChooseNaeeSkip(stats_, info_, SkipBudget{.quantile = 0.25}, pool, {});
+  const ForwardTrace trace = RunForward(model_, tokens_);
   for (const LayerPlan& plan : plans) {
     std::vector<int32_t> ids(static_cast<size_t>(k * n));
     std::vector<float> weights(ids.size());
-    SelectExperts(model.config(), trace.layers.at(plan.layer).router_logits.data(), n,
+    SelectExperts(model_.config(), trace.layers.at(plan.layer).router_logits.data(), n,
                   plan.num_experts, ids.data(), weights.data(), plan.beta.value());
     const auto skipped = std::count(ids.begin(), ids.end(), -1);
     EXPECT_NEAR(static_cast<double>(skipped), 0.25 * static_cast<double>((k - 1) * n), 1.0);
