@@ -116,10 +116,15 @@ void FeedForwardBlock::RunChunk(const LayerWeights& weights, const FeedForwardCa
   });
   Grow(output_, n * h);
   if (weights.router.empty()) {
-    for (int64_t first = 0; first < n; first += kMlpRows) {
-      const int64_t rows = std::min(kMlpRows, n - first);
-      packed_rows_.Pack(normed_.data() + first * h, rows, h, h, pool_);
-      SwiGluMlp(weights.dense, packed_rows_, output_.data() + first * h, h);
+    RunUnrouted(weights, call, n);
+    if (call.observer != nullptr && call.observer->WantsExpertRows()) {
+      call.observer->OnTokens({.layer = call.layer,
+                               .first_token = call.first_token,
+                               .num_tokens = n,
+                               .hidden = h,
+                               .residual = hidden,
+                               .input = normed_.data(),
+                               .output = output_.data()});
     }
   } else {
     const int64_t num_experts = weights.num_experts(), k = config_.num_experts_per_tok;
@@ -279,6 +284,46 @@ void FeedForwardBlock::RouteAllExperts(const LayerWeights& weights, int64_t n) {
   });
 }
 
+void FeedForwardBlock::RunUnrouted(const LayerWeights& weights, const FeedForwardCall& call,
+                                   int64_t n) {
+  const int64_t h = config_.hidden_size;
+  if (weights.dense.gate.empty()) {
+    std::memset(output_.data(), 0, static_cast<size_t>(n * h) * sizeof(float));
+  } else {
+    for (int64_t first = 0; first < n; first += kMlpRows) {
+      const int64_t rows = std::min(kMlpRows, n - first);
+      packed_rows_.Pack(normed_.data() + first * h, rows, h, h, pool_);
+      SwiGluMlp(weights.dense, packed_rows_, output_.data() + first * h, h);
+      ShowRows(
+          call, kDensePart, rows, weights.dense.width(), [&](int64_t i) { return first + i; },
+          [](int64_t) { return 1.0f; });
+    }
+  }
+  if (!weights.shared.gate.empty()) AddShared(weights, call, n);
+  for (size_t e = 0; e < weights.experts.size(); ++e) {
+    AddUnrouted(weights.experts[e], static_cast<int32_t>(e), weights.expert_alphas[e], call, n);
+  }
+}
+
+void FeedForwardBlock::AddUnrouted(const FeedForwardWeights& part, int32_t expert, float alpha,
+                                   const FeedForwardCall& call, int64_t n) {
+  const int64_t h = config_.hidden_size;
+  Grow(rows_, kMlpRows * h);
+  for (int64_t first = 0; first < n; first += kMlpRows) {
+    const int64_t rows = std::min(kMlpRows, n - first);
+    packed_rows_.Pack(normed_.data() + first * h, rows, h, h, pool_);
+    SwiGluMlp(part, packed_rows_, rows_.data(), h);
+    ShowRows(
+        call, expert, rows, part.width(), [&](int64_t i) { return first + i; },
+        [&](int64_t) { return alpha; });
+    ForRows(pool_, rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        AddScaled(output_.data() + (first + i) * h, alpha, rows_.data() + i * h, h);
+      }
+    });
+  }
+}
+
 void FeedForwardBlock::AddShared(const LayerWeights& weights, const FeedForwardCall& call,
                                  int64_t n) {
   const int64_t h = config_.hidden_size;
@@ -297,7 +342,8 @@ void FeedForwardBlock::AddShared(const LayerWeights& weights, const FeedForwardC
                  : 1.0f / (1.0f + std::exp(-shared_gate_[static_cast<size_t>(i)]));
     };
     ShowRows(
-        call, -1, rows, weights.shared.width(), [&](int64_t i) { return first + i; }, scale);
+        call, kSharedPart, rows, weights.shared.width(), [&](int64_t i) { return first + i; },
+        scale);
     ForRows(pool_, rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         AddScaled(output_.data() + (first + i) * h, scale(i), rows_.data() + i * h, h);

@@ -53,6 +53,10 @@ class FeedForwardBlock {
   void RouteAllExperts(const LayerWeights& weights, int64_t n);
   void CountSkipped(int64_t layer, int64_t n);
   void AddShared(const LayerWeights& weights, const FeedForwardCall& call, int64_t n);
+  // Layers without a router: what they have is added up in output_.
+  void RunUnrouted(const LayerWeights& weights, const FeedForwardCall& call, int64_t n);
+  void AddUnrouted(const FeedForwardWeights& part, int32_t expert, float alpha,
+                   const FeedForwardCall& call, int64_t n);
   // The rows that the last SwiGluMlp computed, to an observer that wants them.
   template <class TokenOf, class WeightOf>
   void ShowRows(const FeedForwardCall& call, int32_t expert, int64_t rows, int64_t width,

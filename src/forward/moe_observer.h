@@ -29,9 +29,11 @@ struct MoeTokens {
 
 // What the down projection of one expert multiplies: inner = silu(gate) * up of some of the tokens
 // that use it, in token order.
+inline constexpr int32_t kSharedPart = -1;
+inline constexpr int32_t kDensePart = -2;
 struct ExpertRows {
   int64_t layer = 0;
-  int32_t expert = 0;                // -1: the shared expert
+  int32_t expert = 0;                // or kSharedPart, kDensePart
   int64_t num_rows = 0;              // n below
   int64_t width = 0;                 // of the expert
   const float* gate = nullptr;       // [n, width] outputs of the two projections
@@ -46,7 +48,8 @@ class MoeObserver {
   // True: all E experts run on every token and expert_outputs is set.
   virtual bool WantsExpertOutputs() const { return false; }
   virtual bool WantsSelectedOutputs() const { return false; }
-  // True: OnExpertRows is called for every run of rows before OnTokens (not if WantsExpertOutputs).
+  // True: OnExpertRows is called for every run of rows before OnTokens (not if WantsExpertOutputs),
+  // and layers without a router are shown too, with residual, input and output alone.
   virtual bool WantsExpertRows() const { return false; }
   virtual void OnExpertRows(const ExpertRows&) {}
   virtual void OnTokens(const MoeTokens& tokens) = 0;

@@ -136,11 +136,17 @@ class ModelResolver {
     const FamilyTensorNames& names = config_.family->names;
     if (layer.is_moe) {
       ResolveExperts(index, prefix, layer, slices);
-    } else {
+    } else if (layer.dense_width > 0) {
       slices.dense = FeedForward(prefix, names.dense_gate, names.dense_up, names.dense_down,
                                  layer.dense_width);
+    } else {  // condensed, parts apart; they are no experts to whoever prunes
+      for (int64_t e = 0; e < layer.num_experts; ++e) {
+        slices.experts.push_back(FeedForward(prefix, ExpertName(names.expert_gate, e),
+                                             ExpertName(names.expert_up, e),
+                                             ExpertName(names.expert_down, e), layer.expert_width));
+      }
     }
-    if (layer.is_moe && layer.shared_width > 0) {
+    if ((layer.is_moe || layer.is_condensed) && layer.shared_width > 0) {
       slices.shared = FeedForward(prefix, names.shared_gate, names.shared_up, names.shared_down,
                                   layer.shared_width);
       if (config_.shared_expert_gated) {

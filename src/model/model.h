@@ -42,10 +42,10 @@ struct LayerSlices {
   TensorSlice q_bias, k_bias, v_bias, o_bias;   // optional
   TensorSlice q_norm, k_norm;                   // optional
   TensorSlice router;                           // [E, hidden], MoE layers
-  std::vector<FeedForwardSlices> experts;       // [E], MoE layers
-  FeedForwardSlices shared;                     // MoE layers with a shared expert
+  std::vector<FeedForwardSlices> experts;       // [E], MoE and condensed layers
+  FeedForwardSlices shared;                     // MoE and condensed layers with a shared expert
   TensorSlice shared_router;                    // [1, hidden], sigmoid gate of the shared expert
-  FeedForwardSlices dense;                      // layers without experts
+  FeedForwardSlices dense;                      // layers without experts, fused condensed layers
 
   // Bytes of everything but routed experts, and of all routed experts.
   uint64_t CommonBytes() const;

@@ -259,6 +259,7 @@ void ReadExpertsPerLayer(const ConfigReader& reader, ModelConfig& out) {
   for (size_t i = 0; i < list->size(); ++i) {
     const OrderedJson& count = (*list)[i];
     LayerConfig& layer = out.layers[i];
+    if (layer.is_condensed) continue;  // its own entry says how many are left
     const int64_t least = layer.is_moe ? out.num_experts_per_tok : 0;
     if (!count.is_number_integer() || count.get<int64_t>() < least ||
         count.get<int64_t>() > layer.num_experts) {
@@ -270,16 +271,75 @@ void ReadExpertsPerLayer(const ConfigReader& reader, ModelConfig& out) {
   }
 }
 
+// A key of an object whose keys are decoder layers; -1 if it is none.
+int64_t LayerOfKey(const std::string& key, const ModelConfig& out) {
+  int64_t layer = -1;
+  const auto [end, problem] = std::from_chars(key.data(), key.data() + key.size(), layer);
+  const bool whole = problem == std::errc() && end == key.data() + key.size();
+  return whole && layer >= 0 && layer < out.num_layers() ? layer : -1;
+}
+
+constexpr const char* kCondensedLayers = "condensed_layers";
+constexpr const char* kExpertAlphas = "expert_alphas";
+constexpr const char* kDenseWidth = "dense_width";
+
+// Our extension: what is left of layers without a router, by decoder layer.
+void ReadCondensedLayers(const ConfigReader& reader, ModelConfig& out) {
+  const OrderedJson* condensed = reader.Find(kCondensedLayers);
+  if (condensed == nullptr) return;
+  if (!condensed->is_object()) {
+    reader.Fail(kCondensedLayers, "an object of layer indices", condensed->dump());
+  }
+  for (const auto& [key, entry] : condensed->items()) {
+    const int64_t index = LayerOfKey(key, out);
+    if (index < 0 || !out.layers[static_cast<size_t>(index)].is_moe) {
+      reader.Fail(kCondensedLayers, "indices of layers that had experts", key);
+    }
+    LayerConfig& layer = out.layers[static_cast<size_t>(index)];
+    const bool apart = entry.is_object() && entry.contains(kExpertAlphas);
+    const bool fused = entry.is_object() && entry.contains(kDenseWidth);
+    if (apart == fused || entry.size() != 1) {
+      reader.Fail(kCondensedLayers, "expert_alphas or dense_width for each layer", entry.dump());
+    }
+    layer.is_moe = false;
+    layer.is_condensed = true;
+    if (fused) {
+      const OrderedJson& width = entry[kDenseWidth];
+      if (!width.is_number_integer() || width.get<int64_t>() < 1 ||
+          width.get<int64_t>() > kMaxDimension) {
+        reader.Fail(kDenseWidth, "a width", width.dump());
+      }
+      layer.dense_width = width.get<int64_t>();
+      layer.num_experts = 0;
+      if (!out.shared_expert_gated) layer.shared_width = 0;  // it is a part of the fused matrices
+      continue;
+    }
+    const OrderedJson& alphas = entry[kExpertAlphas];
+    if (!alphas.is_array() || std::ssize(alphas) > layer.num_experts) {
+      reader.Fail(kExpertAlphas, fmt::format("at most {} numbers", layer.num_experts),
+                  alphas.dump());
+    }
+    for (const OrderedJson& alpha : alphas) {
+      if (!alpha.is_number() || !(std::abs(alpha.get<double>()) <= 1e6)) {
+        reader.Fail(kExpertAlphas, "finite numbers", alpha.dump());
+      }
+      layer.expert_alphas.push_back(alpha.get<double>());
+    }
+    layer.num_experts = std::ssize(layer.expert_alphas);
+    if (layer.num_experts == 0 && layer.shared_width == 0) {
+      reader.Fail(kExpertAlphas, "at least one expert where none is shared", alphas.dump());
+    }
+  }
+}
+
 // NAEE's extension: {"0": 0.51, ...} by decoder layer.
 void ReadBetas(const ConfigReader& reader, ModelConfig& out) {
   const OrderedJson* betas = reader.Find("betas");
   if (betas == nullptr || betas->is_null()) return;
   if (!betas->is_object()) reader.Fail("betas", "an object of layer indices", betas->dump());
   for (const auto& [key, value] : betas->items()) {
-    int64_t layer = -1;
-    const auto [end, problem] = std::from_chars(key.data(), key.data() + key.size(), layer);
-    if (problem != std::errc() || end != key.data() + key.size() || layer < 0 ||
-        layer >= out.num_layers() || !out.layers[static_cast<size_t>(layer)].is_moe) {
+    const int64_t layer = LayerOfKey(key, out);
+    if (layer < 0 || !out.layers[static_cast<size_t>(layer)].is_moe) {
       reader.Fail("betas", "indices of layers with experts", key);
     }
     if (!value.is_number() || !(value.get<double>() >= 0 && value.get<double>() <= 1)) {
@@ -355,6 +415,7 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
       family.normalize_topk == NormalizeTopk::kAlways || reader.Flag("norm_topk_prob", false);
   out.normalize_epsilon = family.normalize_epsilon;
   ReadLayers(reader, family, out);
+  ReadCondensedLayers(reader, out);
   ReadExpertsPerLayer(reader, out);
   ReadBetas(reader, out);
   out.tie_word_embeddings = reader.Flag("tie_word_embeddings", false);
@@ -372,6 +433,24 @@ OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>
     if (betas[layer] > 0) map[std::to_string(layer)] = betas[layer];
   }
   if (!map.empty()) edited["betas"] = map;
+  return edited;
+}
+
+OrderedJson ConfigWithCondensedLayers(const OrderedJson& config,
+                                      const std::vector<CondensedLayer>& layers) {
+  OrderedJson edited = config;
+  if (layers.empty()) return edited;
+  OrderedJson& entries = edited[kCondensedLayers];
+  if (!entries.is_object()) entries = OrderedJson::object();
+  for (const CondensedLayer& layer : layers) {
+    OrderedJson entry = OrderedJson::object();
+    if (layer.dense_width > 0) {
+      entry[kDenseWidth] = layer.dense_width;
+    } else {
+      entry[kExpertAlphas] = layer.expert_alphas;
+    }
+    entries[std::to_string(layer.layer)] = entry;
+  }
   return edited;
 }
 

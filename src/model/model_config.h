@@ -20,8 +20,19 @@ struct LayerConfig {
   int64_t num_experts = 0;   // E; the router has this many rows
   int64_t expert_width = 0;  // I
   int64_t shared_width = 0;  // S, 0 if there is no shared expert
-  int64_t dense_width = 0;   // of a layer without experts
+  int64_t dense_width = 0;   // of a layer without experts, or of a fused condensed layer
   double skip_beta = 0;      // experts below this share of the best are skipped (`betas`); 0: none
+  // A layer that had experts and lost its router (CD-MoE; `condensed_layers`): every token uses all
+  // that is left of it, dense, shared expert and num_experts experts. is_moe is false.
+  bool is_condensed = false;
+  std::vector<double> expert_alphas = {};  // [num_experts] of a condensed layer: fixed weights
+};
+
+// What becomes of a layer that is condensed, as its entry under `condensed_layers`.
+struct CondensedLayer {
+  int64_t layer = 0;                       // decoder index
+  std::vector<double> expert_alphas = {};  // of experts that stay apart
+  int64_t dense_width = 0;                 // of one fused SwiGLU; 0: the parts stay apart
 };
 
 struct RopeConfig {
@@ -75,6 +86,11 @@ OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>
 // layer (0: none): our extension `num_experts_per_layer`, beside the usual key with the most.
 OrderedJson ConfigWithExpertsPerLayer(const OrderedJson& config, const Family& family,
                                       const std::vector<int64_t>& num_experts);
+
+// The config with more layers condensed: our extension `condensed_layers`, keyed by the decoder
+// layer's index, {"expert_alphas": [..]} or {"dense_width": n}. Entries that are there stay.
+OrderedJson ConfigWithCondensedLayers(const OrderedJson& config,
+                                      const std::vector<CondensedLayer>& layers);
 
 // The config of the same model with `num_experts` experts in every MoE layer: the family's key and
 // every alias that is present are edited, everything else is kept in its order.

@@ -113,6 +113,9 @@ uint64_t ReadLayer(const Model& model, const LayerReaderOptions& options, int64_
   weights.o_bias = LoadVector(model, slices.o_bias);
   weights.q_norm = LoadVector(model, slices.q_norm);
   weights.k_norm = LoadVector(model, slices.k_norm);
+  for (const double alpha : model.config().layers[static_cast<size_t>(layer)].expert_alphas) {
+    weights.expert_alphas.push_back(static_cast<float>(alpha));
+  }
   slot.layer = layer;
   return read;
 }
@@ -132,6 +135,16 @@ LayerWeights LayerWeights::WithExperts(const std::vector<int32_t>& kept,
   }
   result.router.data = router_rows.data();
   result.router.rows = static_cast<int64_t>(kept.size());
+  return result;
+}
+
+LayerWeights LayerWeights::Condensed(const std::vector<int32_t>& kept,
+                                     std::vector<float> alphas) const {
+  LayerWeights result = *this;
+  result.experts.clear();
+  for (const int32_t expert : kept) result.experts.push_back(experts[static_cast<size_t>(expert)]);
+  result.expert_alphas = std::move(alphas);
+  result.router = {};
   return result;
 }
 
