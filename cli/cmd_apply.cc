@@ -17,7 +17,7 @@ namespace {
 
 struct ApplyFlags {
   std::string model, plan, output, dtype;
-  bool heal = false;
+  bool heal = false, fuse = false;
   CalibrationFlags calibration;
 };
 
@@ -48,6 +48,10 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   const Model model = Model::Open(flags.model);
   ApplyOptions options;
   options.resume = session.flags.resume;
+  if (flags.fuse) options.condensed_form = CondensedForm::kFused;
+  if (flags.fuse && !plan.condenses()) {
+    throw UsageError("--fuse is for plans that condense layers; this one does not", "leave it out");
+  }
   if (flags.dtype == "f32") options.dtype = Dtype::kF32;
   if (flags.dtype == "bf16") options.dtype = Dtype::kBF16;
   if (flags.dtype == "f16") options.dtype = Dtype::kF16;
@@ -56,6 +60,10 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   memory.Add("program", kProgramBytes);
   memory.Add("names and places of tensors", model.checkpoint().tensors().size() * 1024);
   memory.Add("copy buffer", uint64_t{16} << 20);
+  if (rewrite.largest_built_bytes > 0) {
+    // The parts as read, and what is made of them, in another format at most twice as wide.
+    memory.Add("a condensed layer", 4 * rewrite.largest_built_bytes);
+  }
   session.RequireMemory(memory, "apply");
   session.Note(fmt::format("apply: {} -> {} experts, {} -> {}", rewrite.experts_before,
                            rewrite.experts_after, FormatBytes(rewrite.bytes_before),
@@ -119,6 +127,7 @@ void AddApply(CLI::App& app, Session& session) {
   verb->add_option("--dtype", flags->dtype,
                    "Convert the weights: f32, bf16 or f16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+  verb->add_flag("--fuse", flags->fuse, "Condensed layers as one dense SwiGLU each, not in parts");
   verb->add_flag("--heal", flags->heal,
                  "Refit the survivors' down projections on the text of --calib");
   AddCalibrationFlags(*verb, flags->calibration, false);

@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "base/units.h"
 #include "calibration.h"
+#include "condensing.h"
 #include "methods/naee.h"
 #include "observe/layer_stats.h"
 #include "observe_rounds.h"
@@ -14,7 +15,8 @@ namespace winnow::cli {
 namespace {
 
 struct ObserveFlags {
-  std::string model, output, stats, plan;
+  std::string model, output, stats, plan, method = "naee";
+  CondenseFlags condense;
   CalibrationFlags calibration;
   ObserveOptions options;
   bool progressive = false, repair_drift = false, until_stable = false;
@@ -62,7 +64,25 @@ int RunRounds(Session& session, ObserveFlags& flags, const Model& model,
   return 0;
 }
 
+int RunCondenseVerb(Session& session, ObserveFlags& flags) {
+  if (flags.progressive || flags.repair_drift || flags.until_stable || flags.keep > 0 ||
+      !flags.plan.empty() || !flags.stats.empty()) {
+    throw UsageError(
+        "--method cd-moe takes none of --stats, --plan, --progressive, --repair-drift, "
+        "--until-stable, --keep",
+        "they belong to methods that prune experts");
+  }
+  flags.condense.checkpoint_seconds = flags.options.checkpoint_seconds;
+  RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
+  return ObserveCondense(session, flags.model, flags.calibration, flags.condense, flags.output);
+}
+
 int RunObserveVerb(Session& session, ObserveFlags& flags) {
+  if (flags.method == "cd-moe") return RunCondenseVerb(session, flags);
+  if (!flags.condense.alpha_calibration.empty() || flags.condense.max_experts > 0) {
+    throw UsageError("--alpha-calib and --max-experts belong to --method cd-moe",
+                     "add --method cd-moe, or leave them out");
+  }
   if (flags.progressive && flags.until_stable) {
     throw UsageError("--progressive chooses while it observes: it takes no --until-stable",
                      "leave one of them out");
@@ -143,7 +163,15 @@ void AddObserve(CLI::App& app, Session& session) {
   CLI::App* verb =
       app.add_subcommand("observe", "Gather statistics of the experts on your text, in one pass");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
+  verb->add_option("--method", flags->method,
+                   "What for: naee (pruning, skipping, scores) or cd-moe (condensing layers)")
+      ->check(CLI::IsMember({"naee", "cd-moe"}));
   AddCalibrationFlags(*verb, flags->calibration);
+  verb->add_option("--alpha-calib", flags->condense.alpha_calibration,
+                   "cd-moe: text over which experts' weights are averaged (default: --calib)");
+  verb->add_option("--max-experts", flags->condense.max_experts,
+                   "cd-moe: experts to order in each layer (default 6, as published)")
+      ->check(WholeNumberFrom(1));
   verb->add_option("-o,--output", flags->output, "Statistics folder to write")
       ->required()
       ->transform(OutputPath);

@@ -1,10 +1,14 @@
 // winnow plan: from statistics to a decision per layer.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <sstream>
 
 #include "base/error.h"
 #include "base/file.h"
+#include "condensing.h"
 #include "plan/loader_target.h"
 #include "planning.h"
 #include "pruning.h"
@@ -18,6 +22,8 @@ struct PlanFlags {
                              objective = "unsquared", budget = "uniform", mix;
   int64_t keep = 0, floor = 0;
   double ratio = 0, active = 0, max_error = 0, quantile = 0;
+  CondenseChoice condense;
+  std::string layer_order = "greedy", moe_layers;
   bool compare = false, curve = false, no_guard = false, all_tokens = false;
 };
 
@@ -66,6 +72,55 @@ int PlanSkipping(Session& session, const PlanFlags& flags) {
                    MakeSkippingPlan(session, flags.stats, info, budget, flags.target));
 }
 
+std::vector<int32_t> ParseLayerList(const std::string& text) {
+  std::vector<int32_t> layers;
+  std::stringstream in(text);
+  for (std::string item; std::getline(in, item, ',');) {
+    int32_t layer = -1;
+    const auto [end, problem] = std::from_chars(item.data(), item.data() + item.size(), layer);
+    if (problem != std::errc() || end != item.data() + item.size() || layer < 0 ||
+        std::find(layers.begin(), layers.end(), layer) != layers.end()) {
+      throw UsageError(fmt::format("--moe-layers: \"{}\" is not a list of different numbers", text),
+                       "write them as 1,4: indices among the MoE layers, from 0");
+    }
+    layers.push_back(layer);
+  }
+  return layers;
+}
+
+int PlanCondensing(Session& session, PlanFlags& flags) {
+  if (flags.objective != "unsquared" || flags.search != "auto" || flags.budget != "uniform" ||
+      flags.floor > 0 || flags.no_guard || flags.all_tokens || !flags.mix.empty() ||
+      flags.keep > 0 || flags.ratio > 0 || flags.compare || flags.curve || flags.active > 0 ||
+      flags.max_error > 0 || flags.quantile > 0) {
+    throw UsageError(
+        "--method cd-moe takes --experts, --layers or --moe-layers, --layer-order and --model",
+        "the other flags belong to plans that prune or skip experts");
+  }
+  CondenseChoice& choice = flags.condense;
+  choice.moe_layers = ParseLayerList(flags.moe_layers);
+  if (choice.experts < 0 || choice.model.empty() ||
+      (choice.layers > 0) == !choice.moe_layers.empty()) {
+    throw UsageError("give --experts N, --model MODEL, and one of --layers M and --moe-layers A,B",
+                     "--layers searches for the layers that cost least; --experts 0 keeps the "
+                     "shared expert alone");
+  }
+  choice.kl = flags.layer_order == "kl";
+  if (choice.kl && choice.layers == 0) {
+    throw UsageError("--layer-order is of a search: it goes with --layers",
+                     "--moe-layers names the layers");
+  }
+  if (flags.target != "transformers" && flags.target != "winnow") {
+    throw UsageError(fmt::format("--target {} does not load condensed layers", flags.target),
+                     "leave --target out; see apply --stock and --export-code");
+  }
+  if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
+  const fs::path parent =
+      flags.output.empty() ? fs::temp_directory_path() : fs::absolute(flags.output).parent_path();
+  choice.spill_folder = parent.string();
+  return WritePlan(session, flags, MakeCondensingPlan(session, flags.stats, choice, "winnow"));
+}
+
 // The number of survivors of E experts that --keep or --ratio asks for.
 int64_t SurvivorsOf(Session& session, const PlanFlags& flags, int64_t experts) {
   if (flags.keep > 0) return flags.keep;
@@ -97,6 +152,13 @@ int PlanWithoutText(Session& session, const PlanFlags& flags) {
 }
 
 int RunPlan(Session& session, PlanFlags& flags) {
+  if (flags.method == "cd-moe") return PlanCondensing(session, flags);
+  if (flags.condense.experts >= 0 || flags.condense.layers > 0 || !flags.moe_layers.empty() ||
+      !flags.condense.model.empty() || flags.layer_order != "greedy") {
+    throw UsageError(
+        "--experts, --layers, --moe-layers, --layer-order and --model belong to --method cd-moe",
+        "observe with --method cd-moe first");
+  }
   if (flags.method == "naee-skip") return PlanSkipping(session, flags);
   if (flags.active > 0 || flags.max_error > 0 || flags.quantile > 0) {
     throw UsageError("--active, --max-error and --quantile belong to --method naee-skip",
@@ -173,10 +235,22 @@ void AddPlan(CLI::App& app, Session& session) {
       ->check(NumberFromTo(0.001, 0.999));
   verb->add_flag("--curve", flags->curve,
                  "Show the loss of every number of survivors; write nothing");
-  verb->add_option("--method", flags->method,
-                   "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
-                   "reap, man, msan, easy-ep, aimer, leave-one-out), or naee-skip: skip experts\n"
-                   "at run time");
+  verb->add_option(
+      "--method", flags->method,
+      "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
+      "reap, man, msan, easy-ep, aimer, leave-one-out), naee-skip: skip experts\n"
+      "at run time, or cd-moe: condense layers (statistics of observe --method cd-moe)");
+  verb->add_option("--experts", flags->condense.experts,
+                   "cd-moe: experts a condensed layer keeps beside the shared one; 0: none")
+      ->check(WholeNumberFrom(0));
+  verb->add_option("--layers", flags->condense.layers, "cd-moe: how many layers to condense")
+      ->check(WholeNumberFrom(1));
+  verb->add_option("--moe-layers", flags->moe_layers,
+                   "cd-moe: condense these layers (1,4: among the MoE layers), no search");
+  verb->add_option("--layer-order", flags->layer_order,
+                   "cd-moe: greedy (as published), or kl: by each layer's effect on the logits")
+      ->check(CLI::IsMember({"greedy", "kl"}));
+  verb->add_option("--model", flags->condense.model, "cd-moe: the checkpoint that was observed");
   verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
   verb->add_option("--mix", flags->mix,
                    "Weigh the texts anew: prose=1,code=3 multiplies their sums (default 1 each)");

@@ -201,9 +201,20 @@ std::string DescribePlan(const CompressionPlan& plan) {
     for (const auto& [name, factor] : plan.mix) text += fmt::format(" {} x {:g}", name, factor);
     text += "\n";
   }
+  if (!plan.layer_order.empty()) {
+    text += fmt::format("layers in the order chosen (among the MoE layers): {}\n",
+                        fmt::join(plan.layer_order, " "));
+  }
   const bool skips = !plan.layers.empty() && plan.layers.front().beta.has_value();
   text += fmt::format("  layer  loss        margin  {}dropped experts\n", skips ? "beta    " : "");
   for (const LayerPlan& layer : plan.layers) {
+    if (layer.condensed) {
+      text += fmt::format(
+          "  {:>5}  condensed to {}\n", layer.layer,
+          layer.kept.empty() ? "the shared expert"
+                             : fmt::format("experts {}", fmt::join(layer.condensed->experts, " ")));
+      continue;
+    }
     text += fmt::format(
         "  {:>5}  {:<10}  {:<6}  {}{}\n", layer.layer,
         layer.loss ? fmt::format("{:.6g}", *layer.loss) : "-",

@@ -172,6 +172,10 @@ std::vector<std::vector<int32_t>> WhatIf(Session& session, const Model& model,
   if (plan_path.empty()) return {};
   const CompressionPlan plan = ReadPlan(plan_path);
   CheckPlan(plan, model);
+  if (plan.condenses()) {
+    throw UsageError(fmt::format("{} condenses layers: it must be applied to be run", plan_path),
+                     "winnow apply MODEL --plan PLAN -o OUT");
+  }
   session.Note(fmt::format("as if {} were applied (not healed)", plan_path));
   return KeptExperts(plan, model.config().num_layers());
 }

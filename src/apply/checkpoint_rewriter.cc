@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "apply/condensed_layer.h"
 #include "apply/model_card.h"
 #include "base/error.h"
 #include "base/hash.h"
@@ -31,13 +32,17 @@ struct Journal {
   uint64_t tensors = 0;  // of that shard
 };
 
-std::string RunFingerprint(const Model& model, const RewritePlan& rewrite) {
+std::string RunFingerprint(const Model& model, const RewritePlan& rewrite,
+                           const ApplyOptions& options) {
   Fingerprint fingerprint;
   fingerprint.Add(model.checkpoint().FingerprintHex());
   fingerprint.Add(rewrite.config_json);
   fingerprint.Add(rewrite.index_json);
   for (const OutputShard& shard : rewrite.shards) {
     fingerprint.Add(shard.header);
+    for (const auto& [layer, file] : options.refitted_layers) {
+      if (file != nullptr) fingerprint.Add(file->path().filename().string() + file->header());
+    }
     for (const OutputTensor& tensor : shard.tensors) {
       for (const SourceRange& range : tensor.ranges) {
         fingerprint.Add(range.tensor->name);
@@ -87,7 +92,7 @@ class Rewriter {
  private:
   Journal LoadJournal() {
     Journal journal;
-    journal.fingerprint = RunFingerprint(model_, rewrite_);
+    journal.fingerprint = RunFingerprint(model_, rewrite_, options_);
     const fs::path path = folder_ / "apply.journal";
     if (!options_.resume || !fs::exists(path)) return journal;
     const Json json = ParseJson(ReadTextFile(path), path.string());
@@ -167,8 +172,8 @@ class Rewriter {
   }
 
   static bool IsPlainCopy(const OutputTensor& tensor) {
-    return tensor.ranges.size() == 1 && tensor.ranges.front().replacement == nullptr &&
-           tensor.source_dtype == tensor.info.dtype;
+    return tensor.built_layer < 0 && tensor.ranges.size() == 1 &&
+           tensor.ranges.front().replacement == nullptr && tensor.source_dtype == tensor.info.dtype;
   }
   const File& SourceFile(const TensorInfo& tensor) const {
     return model_.checkpoint().shards()[static_cast<size_t>(tensor.shard)].file();
@@ -176,6 +181,12 @@ class Rewriter {
 
   void WriteTensor(const OutputTensor& tensor, const File& out) {
     uint64_t at = tensor.info.file_offset;
+    if (tensor.built_layer >= 0) {
+      const SafetensorsFile built =
+          SafetensorsFile::Open(CondensedLayerPath(folder_, tensor.built_layer));
+      out.CopyFrom(built.file(), built.Get(tensor.info.name).file_offset, at, tensor.info.bytes);
+      return;
+    }
     for (const SourceRange& range : tensor.ranges) {
       const bool replaced = range.replacement != nullptr;
       const File& source = replaced ? range.replacement->file->file() : SourceFile(*range.tensor);
@@ -221,6 +232,19 @@ int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& f
       bool same =
           info != nullptr && info->shape == tensor.info.shape && info->dtype == tensor.info.dtype;
       uint64_t at = 0;
+      if (same && tensor.built_layer >= 0) {
+        const SafetensorsFile built =
+            SafetensorsFile::Open(CondensedLayerPath(folder, tensor.built_layer));
+        const TensorInfo& of = built.Get(tensor.info.name);
+        for (const bool tail : {false, true}) {
+          const uint64_t bytes = std::min(of.bytes, kAuditBytes);
+          expected.resize(bytes);
+          found.resize(bytes);
+          built.ReadPart(of, tail ? of.bytes - bytes : 0, expected);
+          written.checkpoint().ReadPart(*info, tail ? of.bytes - bytes : 0, found);
+          same = same && expected == found;
+        }
+      }
       for (const SourceRange& range : tensor.ranges) {
         if (!same || tensor.source_dtype != tensor.info.dtype) break;
         for (const bool tail : {false, true}) {
@@ -268,6 +292,15 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
   fs::create_directories(folder);
   const auto start = std::chrono::steady_clock::now();
   ApplyResult result;
+  for (const LayerPlan& layer : plan.layers) {
+    if (!layer.condensed) continue;
+    control.Poll();
+    const auto refitted = options.refitted_layers.find(layer.layer);
+    const bool has_refit = refitted != options.refitted_layers.end();
+    BuildCondensedLayer(model, layer, FormOf(layer, options.condensed_form, has_refit),
+                        options.dtype, has_refit ? refitted->second.get() : nullptr,
+                        CondensedLayerPath(folder, layer.layer));
+  }
   Rewriter rewriter(model, rewrite, options, folder, control);
   rewriter.WriteShards();
   for (const fs::path& file : rewrite.other_files) {
@@ -286,6 +319,9 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   result.audited_tensors = Audit(model, rewrite, folder);
   fs::remove(folder / "apply.journal");
+  for (const int32_t layer : rewrite.condensed_layers) {
+    fs::remove(CondensedLayerPath(folder, layer));
+  }
   fs::remove_all(output);
   RenameDurably(folder, output);
   return result;

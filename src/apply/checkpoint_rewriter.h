@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,9 +19,19 @@
 
 namespace winnow {
 
+// How condensed layers are written.
+enum class CondensedForm : uint8_t {
+  kParts,  // shared expert and experts as they are, their fixed weights in config.json
+  kFused,  // one dense SwiGLU, the weights folded into its down projection
+};
+
 struct ApplyOptions {
+  CondensedForm condensed_form = CondensedForm::kParts;
   // Matrices that are written anew (null: none); must outlive the run.
   const WeightReplacements* replacements = nullptr;
+  // Files with the refitted down projections of condensed layers, by decoder layer; they are
+  // written fused. While planning, null stands for a file that is to come.
+  std::map<int32_t, std::shared_ptr<const SafetensorsFile>> refitted_layers = {};
   // What the model card says of them; empty: that no weight was changed.
   std::string changes = {};
   std::optional<Dtype> dtype = {};  // convert every F32/F16/BF16 tensor
@@ -39,6 +50,9 @@ struct OutputTensor {
   TensorInfo info;  // as it will be
   Dtype source_dtype = Dtype::kF32;
   std::vector<SourceRange> ranges;  // in order; together the tensor's content
+  // The content is built of a layer's weights and lies in the file of that layer
+  // (condensed_layer.h) until it is written; there are no ranges then.
+  int32_t built_layer = -1;
 };
 
 struct OutputShard {
@@ -57,6 +71,8 @@ struct RewritePlan {
   uint64_t bytes_before = 0;  // of the weight files
   uint64_t bytes_after = 0;
   int64_t experts_before = 0, experts_after = 0;  // over all layers
+  std::vector<int32_t> condensed_layers;          // decoder indices
+  uint64_t largest_built_bytes = 0;               // tensors of one condensed layer
 };
 
 // `changes` of the model card: healing, another number format, or nothing.

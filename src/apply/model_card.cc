@@ -42,6 +42,14 @@ std::string ModelCard(const CompressionPlan& plan, const RewritePlan& rewrite,
   card += "- the complete plan is in `winnow-plan.json`\n\n## Experts kept\n\n";
   card += "| layer | kept | loss | margin |\n|--:|---|--:|--:|\n";
   for (const LayerPlan& layer : plan.layers) {
+    if (layer.condensed) {
+      card += fmt::format(
+          "| {} | condensed: no router; {} | | |\n", layer.layer,
+          layer.kept.empty()
+              ? "the shared expert alone"
+              : fmt::format("{} for every token", fmt::join(layer.condensed->experts, " ")));
+      continue;
+    }
     card += fmt::format("| {} | {} | {} | {} |\n", layer.layer, fmt::join(layer.kept, " "),
                         layer.loss ? fmt::format("{:.6g}", *layer.loss) : "",
                         layer.margin ? fmt::format("{:.3g}", *layer.margin) : "");

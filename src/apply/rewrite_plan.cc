@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "apply/checkpoint_rewriter.h"
+#include "apply/condensed_layer.h"
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
 
@@ -16,7 +17,16 @@ class Planner {
         options_(options),
         kept_(KeptExperts(plan, model.config().num_layers())),
         betas_(SkipBetasOf(plan, model.config().num_layers())),
-        target_(plan.target) {}
+        target_(plan.target) {
+    for (const LayerPlan& layer : plan.layers) {
+      if (!layer.condensed) continue;
+      Condensed condensed{&layer, FormOf(layer, options.condensed_form, IsRefitted(layer.layer))};
+      for (const std::string& name : AbsorbedTensors(model, layer, condensed.form)) {
+        absorbed_[name] = layer.layer;
+      }
+      condensed_.emplace(layer.layer, std::move(condensed));
+    }
+  }
 
   RewritePlan Run() {
     RewritePlan out;
@@ -44,13 +54,53 @@ class Planner {
     for (const std::vector<int32_t>& kept : kept_) {
       out.experts_after += static_cast<int64_t>(kept.size());
     }
+    for (const auto& [layer, condensed] : condensed_) {
+      out.experts_after += std::ssize(condensed.plan->kept);
+    }
     WriteConfig(out);
+    for (const auto& [layer, condensed] : condensed_) {
+      out.condensed_layers.push_back(layer);
+      uint64_t bytes = 0;
+      for (const TensorInfo& tensor :
+           CondensedTensors(model_, *condensed.plan, condensed.form, options_.dtype)) {
+        bytes += tensor.bytes;
+      }
+      out.largest_built_bytes = std::max(out.largest_built_bytes, bytes);
+    }
     return out;
   }
 
  private:
+  struct Condensed {
+    const LayerPlan* plan = nullptr;
+    CondensedForm form = CondensedForm::kParts;
+    bool placed = false;
+  };
+
+  bool IsRefitted(int32_t layer) const { return options_.refitted_layers.contains(layer); }
+
+  // Where the first tensor of a condensed layer's experts was, all that it becomes.
+  void PlaceCondensed(Condensed& condensed, OutputShard& shard) const {
+    if (condensed.placed) return;
+    condensed.placed = true;
+    for (TensorInfo& info :
+         CondensedTensors(model_, *condensed.plan, condensed.form, options_.dtype)) {
+      OutputTensor output;
+      output.source_dtype = info.dtype;
+      output.info = std::move(info);
+      output.built_layer = condensed.plan->layer;
+      shard.tensors.push_back(std::move(output));
+    }
+  }
+
   void AddTensor(const TensorInfo& tensor, OutputShard& shard) {
     const TensorRole role = model_.RoleOf(tensor.name);
+    if (const auto it = condensed_.find(role.layer);
+        role.kind != TensorKind::kOther && it != condensed_.end()) {
+      PlaceCondensed(it->second, shard);
+      return;
+    }
+    if (absorbed_.contains(tensor.name)) return;
     OutputTensor output;
     output.info.name = tensor.name;
     output.info.shape = tensor.shape;
@@ -139,11 +189,14 @@ class Planner {
     OrderedJson config = model_.checkpoint().config();
     std::vector<int64_t> experts(kept_.size());
     bool uneven = false;
+    int64_t routed = -1;  // experts of the first layer that keeps its router
     const std::vector<int32_t> moe = model_.config().MoeLayers();
     for (const int32_t layer : moe) {
       const auto at = static_cast<size_t>(layer);
+      if (condensed_.contains(layer)) continue;
       experts[at] = std::ssize(kept_[at]);
-      uneven = uneven || experts[at] != experts[static_cast<size_t>(moe.front())];
+      if (routed < 0) routed = experts[at];
+      uneven = uneven || experts[at] != routed;
     }
     if (uneven && target_ != "winnow") {
       throw UsageError("the plan keeps different numbers of experts in different layers",
@@ -153,12 +206,17 @@ class Planner {
     const Family& family = *model_.config().family;
     if (uneven) {
       config = ConfigWithExpertsPerLayer(config, family, experts);
-    } else if (!moe.empty()) {
-      config = ConfigWithExperts(config, family, experts[static_cast<size_t>(moe.front())]);
+    } else if (routed >= 0) {
+      config = ConfigWithExperts(config, family, routed);
     }
+    std::vector<CondensedLayer> condensed;
+    for (const auto& [layer, of] : condensed_) {
+      condensed.push_back(CondensedConfig(model_, *of.plan, of.form));
+    }
+    config = ConfigWithCondensedLayers(config, condensed);
     // Thresholds hold among the experts they were measured among.
     const bool pruned = out.experts_after < out.experts_before;
-    if (!betas_.empty() || pruned) config = ConfigWithBetas(config, betas_);
+    if (!betas_.empty() || pruned || !condensed_.empty()) config = ConfigWithBetas(config, betas_);
     if (options_.dtype) {
       const char* name = *options_.dtype == Dtype::kF32    ? "float32"
                          : *options_.dtype == Dtype::kBF16 ? "bfloat16"
@@ -173,6 +231,8 @@ class Planner {
   std::vector<std::vector<int32_t>> kept_;
   std::vector<double> betas_;
   std::string target_;
+  std::map<int32_t, Condensed> condensed_;   // by decoder layer
+  std::map<std::string, int32_t> absorbed_;  // tensors that fused layers take in
 };
 
 }  // namespace

@@ -189,6 +189,16 @@ void FeedForwardBlock::SwiGluMlp(const FeedForwardWeights& weights, const Packed
   MatMul(packed_inner_, weights.down, y, ld, pool_, precision_);
 }
 
+void FeedForwardBlock::RunExpert(const FeedForwardWeights& expert, const float* x, int64_t n,
+                                 float* y) {
+  const int64_t h = config_.hidden_size;
+  for (int64_t first = 0; first < n; first += kMlpRows) {
+    const int64_t rows = std::min(kMlpRows, n - first);
+    packed_rows_.Pack(x + first * h, rows, h, h, pool_);
+    SwiGluMlp(expert, packed_rows_, y + first * h, h);
+  }
+}
+
 template <class TokenOf, class WeightOf>
 void FeedForwardBlock::ShowRows(const FeedForwardCall& call, int32_t expert, int64_t rows,
                                 int64_t width, const TokenOf& token_of, const WeightOf& weight_of) {

@@ -37,6 +37,9 @@ class FeedForwardBlock {
   // hidden [n, hidden_size] in place. The layer is a MoE layer iff weights.router is set.
   void Run(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);
 
+  // y [n, hidden_size] = the SwiGLU alone of normed rows x [n, hidden_size].
+  void RunExpert(const FeedForwardWeights& expert, const float* x, int64_t n, float* y);
+
   // Tokens computed at once: all experts' outputs of a chunk stay within ~64 MiB.
   static int64_t ChunkTokens(const ModelConfig& config, const LayerConfig& layer, bool all_experts);
   // Scratch of the largest layer, for memory plans.

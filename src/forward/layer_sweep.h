@@ -42,6 +42,11 @@ class LayerSweep {
   void RunAttention(const LayerWeights& weights, const SequenceTile& tile, float* hidden);
   void RunFeedForward(const LayerWeights& weights, const FeedForwardCall& call, int64_t num_tokens,
                       float* hidden);
+  // One expert alone on normed rows x [n, hidden] -> y [n, hidden].
+  void RunExpert(const FeedForwardWeights& expert, const float* x, int64_t n, float* y) {
+    control_.Poll();
+    feed_forward_.RunExpert(expert, x, n, y);
+  }
   // Experts are skipped by these thresholds from now on.
   void SetSkipping(const SkipBetas& betas) { feed_forward_.SetSkipping(betas); }
   const SkipCounts& skip_counts() const { return feed_forward_.skip_counts(); }

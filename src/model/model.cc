@@ -62,6 +62,14 @@ class ModelResolver {
     ListUnknownTensors();
   }
 
+  static std::string ExpertName(std::string_view pattern, int64_t expert) {
+    std::string name(pattern);
+    if (const size_t at = name.find("{e}"); at != std::string::npos) {
+      name.replace(at, 3, std::to_string(expert));
+    }
+    return name;
+  }
+
  private:
   TensorSlice Require(const std::string& name, int64_t rows, int64_t cols) {
     const TensorInfo* tensor = checkpoint_.Find(name);
@@ -244,14 +252,6 @@ class ModelResolver {
     }
   }
 
-  static std::string ExpertName(std::string_view pattern, int64_t expert) {
-    std::string name(pattern);
-    if (const size_t at = name.find("{e}"); at != std::string::npos) {
-      name.replace(at, 3, std::to_string(expert));
-    }
-    return name;
-  }
-
   void ListUnknownTensors() {
     std::vector<std::string> unknown;
     for (const TensorInfo& tensor : checkpoint_.tensors()) {
@@ -296,6 +296,10 @@ Model Model::FromCheckpoint(Checkpoint checkpoint) {
 TensorRole Model::RoleOf(const std::string& tensor_name) const {
   const auto it = roles_.find(tensor_name);
   return it == roles_.end() ? TensorRole{} : it->second;
+}
+
+std::string Model::TensorName(int64_t layer, std::string_view pattern, int64_t expert) const {
+  return fmt::format("model.layers.{}.{}", layer, ModelResolver::ExpertName(pattern, expert));
 }
 
 std::string Model::RenameExpert(const std::string& tensor_name, int32_t from, int32_t to) const {

@@ -81,6 +81,8 @@ class Model {
   TensorRole RoleOf(const std::string& tensor_name) const;
   // The name of expert `to` of a layer in place of expert `from`.
   std::string RenameExpert(const std::string& tensor_name, int32_t from, int32_t to) const;
+  // The full name of a tensor of a layer by its pattern in FamilyTensorNames.
+  std::string TensorName(int64_t layer, std::string_view pattern, int64_t expert = 0) const;
   uint64_t parameter_count() const { return parameter_count_; }
   // Parameters one token uses: everything but unselected experts; the embedding counts one row.
   uint64_t active_parameter_count() const;

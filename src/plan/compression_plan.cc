@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 
 #include "base/error.h"
@@ -72,9 +73,61 @@ std::vector<int32_t> ExpertList(const Json& json, const std::string& where, cons
   return list;
 }
 
+std::vector<double> NumberList(const Json& json, const std::string& where, const char* key) {
+  std::vector<double> numbers;
+  const auto it = json.find(key);
+  if (it == json.end()) return numbers;
+  if (!it->is_array() || it->size() > 65536) Fail(where, key, "a list of numbers");
+  for (const Json& item : *it) {
+    if (!item.is_number()) Fail(where, key, "a list of numbers");
+    numbers.push_back(item.get<double>());
+  }
+  return numbers;
+}
+
+std::vector<std::vector<double>> NumberLists(const Json& json, const std::string& where,
+                                             const char* key) {
+  std::vector<std::vector<double>> lists;
+  const auto it = json.find(key);
+  if (it == json.end()) return lists;
+  if (!it->is_array()) Fail(where, key, "a list of lists of numbers");
+  for (const Json& item : *it) {
+    const Json wrapped = {{key, item}};
+    lists.push_back(NumberList(wrapped, where, key));
+  }
+  return lists;
+}
+
+CondensePlanOfLayer CondensedFromJson(const Json& json, const std::string& where) {
+  CondensePlanOfLayer condensed;
+  if (!json.contains("experts")) Fail(where, "experts", "a list of expert numbers");
+  condensed.experts = ExpertList(json, where, "experts");
+  const auto alphas = json.find("alpha");
+  if (alphas != json.end()) {
+    if (!alphas->is_array() || alphas->size() > 65536) Fail(where, "alpha", "a list of numbers");
+    for (const Json& alpha : *alphas) {
+      if (!alpha.is_null() && !alpha.is_number()) Fail(where, "alpha", "numbers or null");
+      condensed.alphas.push_back(alpha.is_null() ? std::nullopt
+                                                 : std::optional(alpha.get<double>()));
+    }
+  }
+  const auto neurons = json.find("neurons");
+  if (neurons != json.end()) {
+    if (!neurons->is_array()) Fail(where, "neurons", "a list for each of experts");
+    for (const Json& item : *neurons) {
+      const Json wrapped = {{"neurons", item}};
+      condensed.neurons.push_back(ExpertList(wrapped, where, "neurons"));
+    }
+  }
+  condensed.divergence = NumberList(json, where, "js");
+  condensed.candidates = NumberLists(json, where, "js_candidates");
+  return condensed;
+}
+
 LayerPlan LayerFromJson(const Json& json, const std::string& where) {
   RefuseUnknownKeys(json, where,
-                    {"layer", "num_experts", "kept", "dropped", "loss", "margin", "beta"});
+                    {"layer", "moe_layer", "num_experts", "kept", "dropped", "loss", "margin",
+                     "beta", "condensed", "experts", "alpha", "neurons", "js", "js_candidates"});
   if (!json.contains("layer")) Fail(where, "layer", "a decoder layer number");
   if (!json.contains("kept")) Fail(where, "kept", "a list of expert numbers");
   LayerPlan layer;
@@ -88,6 +141,16 @@ LayerPlan LayerFromJson(const Json& json, const std::string& where) {
   layer.beta = NumberOr(json, where, "beta");
   if (layer.beta && !(*layer.beta >= 0 && *layer.beta <= 1)) {
     Fail(where, "beta", "a number from 0 to 1");
+  }
+  if (json.contains("moe_layer")) {
+    layer.moe_layer =
+        static_cast<int32_t>(std::min<int64_t>(IntegerOr(json, where, "moe_layer", 0), INT32_MAX));
+  }
+  const auto condensed = json.find("condensed");
+  if (condensed != json.end() && !condensed->is_boolean())
+    Fail(where, "condensed", "true or false");
+  if (condensed != json.end() && condensed->get<bool>()) {
+    layer.condensed = CondensedFromJson(json, where);
   }
   return layer;
 }
@@ -138,13 +201,30 @@ std::vector<int32_t> OtherExperts(const std::vector<int32_t>& some, int64_t num_
 OrderedJson PlanToJson(const CompressionPlan& plan) {
   OrderedJson layers = OrderedJson::array();
   for (const LayerPlan& layer : plan.layers) {
-    layers.push_back({{"layer", layer.layer},
-                      {"num_experts", layer.num_experts},
-                      {"kept", layer.kept},
-                      {"dropped", layer.dropped},
-                      {"loss", layer.loss ? OrderedJson(*layer.loss) : OrderedJson()},
-                      {"margin", layer.margin ? OrderedJson(*layer.margin) : OrderedJson()}});
-    if (layer.beta) layers.back()["beta"] = *layer.beta;
+    OrderedJson json = {{"layer", layer.layer}};
+    if (layer.moe_layer) json["moe_layer"] = *layer.moe_layer;
+    json.update(OrderedJson{{"num_experts", layer.num_experts},
+                            {"kept", layer.kept},
+                            {"dropped", layer.dropped},
+                            {"loss", layer.loss ? OrderedJson(*layer.loss) : OrderedJson()},
+                            {"margin", layer.margin ? OrderedJson(*layer.margin) : OrderedJson()}});
+    if (layer.beta) json["beta"] = *layer.beta;
+    if (plan.condenses()) json["condensed"] = layer.condensed.has_value();
+    if (layer.condensed) {
+      const CondensePlanOfLayer& condensed = *layer.condensed;
+      OrderedJson alphas = OrderedJson::array();
+      for (const std::optional<double>& alpha : condensed.alphas) {
+        alphas.push_back(alpha ? OrderedJson(*alpha) : OrderedJson());
+      }
+      json["experts"] = condensed.experts;
+      json["alpha"] = alphas;
+      if (!condensed.neurons.empty()) json["neurons"] = condensed.neurons;
+      if (!condensed.divergence.empty()) {
+        json["js"] = condensed.divergence;
+        json["js_candidates"] = condensed.candidates;
+      }
+    }
+    layers.push_back(std::move(json));
   }
   OrderedJson calibration = {{"sources", plan.sources}, {"tokens", plan.calibration_tokens}};
   if (!plan.mix.empty()) calibration["mix"] = NamedNumbersToJson(plan.mix);
@@ -153,21 +233,61 @@ OrderedJson PlanToJson(const CompressionPlan& plan) {
     predicted["output_loss"] = *plan.output_loss;
     predicted["output_loss_by_source"] = NamedNumbersToJson(plan.output_loss_by_source);
   }
-  return {{"schema", kSchema},
-          {"method", plan.method},
-          {"search", plan.search},
-          {"objective", plan.objective},
-          {"target", plan.target},
-          {"model", {{"model_type", plan.model_type}, {"fingerprint", plan.model_fingerprint}}},
-          {"calibration", calibration},
-          {"predicted", predicted},
-          {"layers", layers}};
+  OrderedJson json = {
+      {"schema", kSchema},
+      {"method", plan.method},
+      {"search", plan.search},
+      {"objective", plan.objective},
+      {"target", plan.target},
+      {"model", {{"model_type", plan.model_type}, {"fingerprint", plan.model_fingerprint}}},
+      {"calibration", calibration},
+      {"predicted", predicted}};
+  if (!plan.layer_order.empty()) {
+    json["layer_order"] = plan.layer_order;
+    if (plan.layer_kl.empty()) {
+      json["layer_js"] = plan.layer_divergence;
+      json["layer_js_candidates"] = plan.layer_candidates;
+    } else {
+      json["layer_kl"] = plan.layer_kl;
+    }
+  }
+  json["layers"] = layers;
+  return json;
+}
+
+bool CompressionPlan::condenses() const {
+  return std::any_of(layers.begin(), layers.end(),
+                     [](const LayerPlan& layer) { return layer.condensed.has_value(); });
+}
+
+std::vector<double> AlphasOf(const CondensePlanOfLayer& condensed) {
+  std::vector<double> alphas;
+  for (const int32_t expert : condensed.experts) {
+    const auto at = static_cast<size_t>(expert);
+    alphas.push_back(at < condensed.alphas.size() ? condensed.alphas[at].value_or(kUnselectedAlpha)
+                                                  : kUnselectedAlpha);
+  }
+  return alphas;
+}
+
+std::vector<FusedPart> FusedParts(const LayerPlan& layer, const ModelConfig& config) {
+  std::vector<FusedPart> parts;
+  const int64_t shared = config.layers.at(static_cast<size_t>(layer.layer)).shared_width;
+  if (shared > 0 && !config.shared_expert_gated) parts.push_back({});
+  const CondensePlanOfLayer& condensed = layer.condensed.value();
+  const std::vector<double> alphas = AlphasOf(condensed);
+  for (size_t i = 0; i < condensed.experts.size(); ++i) {
+    parts.push_back({condensed.experts[i], alphas[i],
+                     condensed.neurons.empty() ? std::vector<int32_t>() : condensed.neurons[i]});
+  }
+  return parts;
 }
 
 CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
-  RefuseUnknownKeys(json, where,
-                    {"schema", "method", "search", "objective", "target", "model", "calibration",
-                     "predicted", "layers"});
+  RefuseUnknownKeys(
+      json, where,
+      {"schema", "method", "search", "objective", "target", "model", "calibration", "predicted",
+       "layer_order", "layer_js", "layer_js_candidates", "layer_kl", "layers"});
   if (TextOr(json, where, "schema") != kSchema)
     Fail(where, "schema", fmt::format("\"{}\"", kSchema));
   CompressionPlan plan;
@@ -200,6 +320,10 @@ CompressionPlan PlanFromJson(const Json& json, const std::string& where) {
     plan.bytes_before = static_cast<uint64_t>(IntegerOr(predicted, where, "bytes_before", 0));
     plan.bytes_after = static_cast<uint64_t>(IntegerOr(predicted, where, "bytes_after", 0));
   }
+  plan.layer_order = ExpertList(json, where, "layer_order");
+  plan.layer_divergence = NumberList(json, where, "layer_js");
+  plan.layer_candidates = NumberLists(json, where, "layer_js_candidates");
+  plan.layer_kl = NumberList(json, where, "layer_kl");
   if (!json.contains("layers") || !json["layers"].is_array()) Fail(where, "layers", "a list");
   for (const Json& item : json["layers"]) {
     plan.layers.push_back(
@@ -221,6 +345,47 @@ std::vector<double> SkipBetasOf(const CompressionPlan& plan, int64_t num_layers)
 CompressionPlan ReadPlan(const fs::path& path) {
   return PlanFromJson(ParseJson(ReadTextFile(path), path.string()), path.string());
 }
+
+namespace {
+
+// A condensed layer of a plan against the model.
+void CheckCondensed(const LayerPlan& layer, const ModelConfig& config, const std::string& where) {
+  const LayerConfig& of = config.layers[static_cast<size_t>(layer.layer)];
+  const CondensePlanOfLayer& condensed = *layer.condensed;
+  std::vector<int32_t> sorted = condensed.experts;
+  std::sort(sorted.begin(), sorted.end());
+  if (!StrictlyAscending(sorted) ||
+      (!sorted.empty() && (sorted.front() < 0 || sorted.back() >= of.num_experts))) {
+    throw UsageError(fmt::format("{}: `experts` must be different expert numbers below {}", where,
+                                 of.num_experts));
+  }
+  if (sorted != layer.kept) {
+    throw UsageError(fmt::format("{}: `kept` and `experts` name different experts", where));
+  }
+  if (sorted.empty() && of.shared_width == 0) {
+    throw UsageError(
+        fmt::format("{}: nothing is left of the layer, which has no shared expert", where),
+        "keep at least one expert");
+  }
+  for (const double alpha : AlphasOf(condensed)) {
+    if (!(std::abs(alpha) <= 1e6)) {
+      throw UsageError(fmt::format("{}: alpha is {}, expected a moderate number", where, alpha));
+    }
+  }
+  if (!condensed.neurons.empty() && condensed.neurons.size() != condensed.experts.size()) {
+    throw UsageError(fmt::format("{}: `neurons` needs a list for each of {} experts", where,
+                                 condensed.experts.size()));
+  }
+  for (const std::vector<int32_t>& neurons : condensed.neurons) {
+    if (neurons.empty() || !StrictlyAscending(neurons) || neurons.front() < 0 ||
+        neurons.back() >= of.expert_width) {
+      throw UsageError(
+          fmt::format("{}: `neurons` must be ascending numbers below {}", where, of.expert_width));
+    }
+  }
+}
+
+}  // namespace
 
 void CheckPlan(const CompressionPlan& plan, const Model& model) {
   const ModelConfig& config = model.config();
@@ -246,6 +411,11 @@ void CheckPlan(const CompressionPlan& plan, const Model& model) {
     if (layer.num_experts != 0 && layer.num_experts != experts) {
       throw UsageError(fmt::format("{} expects {} experts, the model has {}", where,
                                    layer.num_experts, experts));
+    }
+    if (layer.condensed) {
+      CheckCondensed(layer, config, where);
+      planned.push_back(layer.layer);
+      continue;
     }
     if (layer.kept.empty() || !StrictlyAscending(layer.kept) || layer.kept.front() < 0 ||
         layer.kept.back() >= experts) {
@@ -279,7 +449,9 @@ void CheckPlan(const CompressionPlan& plan, const Model& model) {
 
 std::vector<std::vector<int32_t>> KeptExperts(const CompressionPlan& plan, int64_t num_layers) {
   std::vector<std::vector<int32_t>> kept(static_cast<size_t>(num_layers));
-  for (const LayerPlan& layer : plan.layers) kept[static_cast<size_t>(layer.layer)] = layer.kept;
+  for (const LayerPlan& layer : plan.layers) {
+    if (!layer.condensed) kept[static_cast<size_t>(layer.layer)] = layer.kept;
+  }
   return kept;
 }
 

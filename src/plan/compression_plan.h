@@ -10,10 +10,24 @@
 #include <utility>
 #include <vector>
 
-#include "base/json.h"    // Json, OrderedJson
-#include "model/model.h"  // Model, ModelConfig
+#include "base/json.h"         // Json, OrderedJson
+#include "model/fused_part.h"  // FusedPart
+#include "model/model.h"       // Model, ModelConfig
 
 namespace winnow {
+
+// What replaces a layer whose router goes (CD-MoE): the shared expert, if there is one, and experts
+// with fixed weights, or single neurons of all experts.
+struct CondensePlanOfLayer {
+  std::vector<int32_t> experts;  // in the order chosen
+  // [E] fixed weight of each expert; nothing where it was never selected: kUnselectedAlpha is used.
+  std::vector<std::optional<double>> alphas;
+  // [experts] rows of each expert in `experts` that stay; empty: all of every one.
+  std::vector<std::vector<int32_t>> neurons;
+  // Of the search that chose them: the objective after each step and of what was tried in it.
+  std::vector<double> divergence;
+  std::vector<std::vector<double>> candidates;
+};
 
 struct LayerPlan {
   int32_t layer = 0;             // decoder index
@@ -23,7 +37,16 @@ struct LayerPlan {
   std::optional<double> loss;    // of the method's objective
   std::optional<double> margin;  // (second best - best) / best; nothing if there was one candidate
   std::optional<double> beta = {};  // experts below this share of the best are skipped at run time
+  std::optional<int32_t> moe_layer = {};  // index among the MoE layers
+  // Set: the layer is condensed, and `kept` are its experts, ascending.
+  std::optional<CondensePlanOfLayer> condensed = {};
 };
+
+// The parts of a condensed layer in order, the shared expert first if the layer has one that can be
+// a part of the same SwiGLU (no gate of its own).
+std::vector<FusedPart> FusedParts(const LayerPlan& layer, const ModelConfig& config);
+// Fixed weights of `condensed->experts`.
+std::vector<double> AlphasOf(const CondensePlanOfLayer& condensed);
 
 // The numbers below `num_experts` that are not among `some` (ascending): dropped from kept and the
 // other way round.
@@ -50,7 +73,16 @@ struct CompressionPlan {
   std::optional<double> output_loss = {};
   std::vector<std::pair<std::string, double>> output_loss_by_source = {};
   uint64_t bytes_before = 0, bytes_after = 0;  // of the weights
-  std::vector<LayerPlan> layers;               // MoE layers, ascending
+  // Of a search for layers to condense: MoE layers in the order chosen, the objective after each
+  // step and of what was tried in it (ascending).
+  std::vector<int32_t> layer_order = {};
+  std::vector<double> layer_divergence = {};
+  std::vector<std::vector<double>> layer_candidates = {};
+  // Or of each MoE layer alone: KL divergence of the logits.
+  std::vector<double> layer_kl = {};
+  std::vector<LayerPlan> layers;  // MoE layers, ascending
+
+  bool condenses() const;
 };
 
 OrderedJson PlanToJson(const CompressionPlan& plan);
@@ -65,7 +97,7 @@ void CheckPlan(const CompressionPlan& plan, const Model& model);
 // Thresholds of each decoder layer for skipping; empty if the plan has none.
 std::vector<double> SkipBetasOf(const CompressionPlan& plan, int64_t num_layers);
 
-// Survivors of each decoder layer as LayerReader takes them (empty = all).
+// Survivors of each decoder layer as LayerReader takes them (empty = all). Not of condensed layers.
 std::vector<std::vector<int32_t>> KeptExperts(const CompressionPlan& plan, int64_t num_layers);
 
 }  // namespace winnow

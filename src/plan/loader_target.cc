@@ -41,6 +41,13 @@ void CheckTargetName(const std::string& name) {
 void CheckTarget(const CompressionPlan& plan, const std::string& name) {
   const LoaderTarget& target = FindTarget(name);
   for (const LayerPlan& layer : plan.layers) {
+    if (layer.condensed) {
+      if (target.uneven) continue;
+      throw UsageError(fmt::format("{} does not load condensed layers as they are (layer {})", name,
+                                   layer.layer),
+                       "plan for --target winnow; apply --stock writes a form it loads where the "
+                       "family has one, --export-code brings code for transformers");
+    }
     if (!target.uneven && layer.kept.size() != plan.layers.front().kept.size()) {
       throw UsageError(
           fmt::format("{} needs the same number of experts in every layer; the plan has "

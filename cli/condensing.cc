@@ -1,0 +1,236 @@
+#include "condensing.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "apply/checkpoint_rewriter.h"
+#include "base/error.h"
+#include "base/units.h"
+#include "condense/layer_search.h"
+
+namespace winnow::cli {
+namespace {
+
+constexpr int64_t kPublishedExperts = 6;
+
+// The paper's method rests on shared experts; without one a condensed layer has little left.
+void WarnWithoutShared(Session& session, const Model& model) {
+  for (const LayerConfig& layer : model.config().layers) {
+    if (layer.is_moe && layer.shared_width == 0) {
+      session.Warn(
+          "the model has no shared expert: what is left of a condensed layer are a few experts "
+          "with "
+          "fixed weights, which CD-MoE's authors call poor; measure the result");
+      return;
+    }
+  }
+}
+
+// The experts a layer keeps, as the plan says them.
+CondensePlanOfLayer CondenseLayerOf(const CondenseLayer& layer, int64_t experts) {
+  CondensePlanOfLayer condensed;
+  for (int32_t e = 0; e < layer.num_experts; ++e) condensed.alphas.push_back(layer.Alpha(e));
+  for (int64_t i = 0; i < experts; ++i) {
+    const GreedyStep& step = layer.steps[static_cast<size_t>(i)];
+    condensed.experts.push_back(step.chosen);
+    condensed.divergence.push_back(step.divergence);
+    condensed.candidates.push_back(step.candidates);
+  }
+  return condensed;
+}
+
+void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const Model& model) {
+  const int64_t num_layers = std::ssize(stats.layers);
+  if (choice.experts > stats.max_experts) {
+    throw UsageError(fmt::format("--experts {}: the statistics hold the first {} of each layer",
+                                 choice.experts, stats.max_experts),
+                     "observe again with a larger --max-experts");
+  }
+  if (choice.layers > num_layers) {
+    throw UsageError(
+        fmt::format("--layers {}: the model has {} MoE layers", choice.layers, num_layers),
+        "ask for fewer");
+  }
+  for (const int32_t layer : choice.moe_layers) {
+    if (layer < 0 || layer >= num_layers) {
+      throw UsageError(
+          fmt::format("--moe-layers: {} is not an index among {} MoE layers", layer, num_layers),
+          "indices count MoE layers from 0");
+    }
+  }
+  if (choice.experts == 0) {
+    for (const CondenseLayer& layer : stats.layers) {
+      if (model.config().layers[static_cast<size_t>(layer.layer)].shared_width == 0) {
+        throw UsageError("--experts 0 keeps the shared expert alone, and this model has none",
+                         "keep at least one expert");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int ObserveCondense(Session& session, const std::string& model_folder,
+                    const CalibrationFlags& calibration, const CondenseFlags& flags,
+                    const std::string& output) {
+  const Model model = Model::Open(model_folder);
+  WarnWithoutShared(session, model);
+  const std::vector<SourceBlocks> search =
+      LoadCalibration(session, model, model_folder, calibration);
+  std::vector<SourceBlocks> alpha;
+  if (!flags.alpha_calibration.empty()) {
+    CalibrationFlags alpha_flags = calibration;
+    alpha_flags.sources = flags.alpha_calibration;
+    alpha = LoadCalibration(session, model, model_folder, alpha_flags);
+  }
+  int64_t fewest = kPublishedExperts;
+  for (const LayerConfig& layer : model.config().layers) {
+    if (layer.is_moe) fewest = std::min(fewest, layer.num_experts);
+  }
+  const CondenseOptions options{.max_experts = flags.max_experts > 0 ? flags.max_experts : fewest,
+                                .compute = session.compute(),
+                                .resume = session.flags.resume,
+                                .checkpoint_seconds = flags.checkpoint_seconds,
+                                .memory_budget_bytes = session.memory_budget()};
+  const CondensePlan plan =
+      PlanCondense(model, search, alpha, options, session.pool().num_threads());
+  session.RequireMemory(plan.memory, "observe");
+  session.Note(fmt::format(
+      "observe: {} tokens to search {} experts a layer on, weights averaged over {}; {} of memory, "
+      "{} of scratch on disk",
+      FormatCount(static_cast<uint64_t>(plan.stats.search_tokens)), options.max_experts,
+      FormatCount(static_cast<uint64_t>(plan.stats.alpha_tokens)),
+      FormatBytes(plan.memory.total_bytes()), FormatBytes(plan.disk_bytes)));
+  if (session.flags.dry_run) {
+    session.PrintDryRun("observe", {{"search_tokens", plan.stats.search_tokens},
+                                    {"alpha_tokens", plan.stats.alpha_tokens},
+                                    {"bytes_to_write", plan.disk_bytes}});
+    return 0;
+  }
+  const double start = session.seconds();
+  const CondenseStats stats =
+      RunCondense(model, options, plan, output, session.pool(), session.control());
+  const double seconds = session.seconds() - start;
+  std::string table = "  layer  divergence of the layer's output after each expert (experts)\n";
+  OrderedJson layers = OrderedJson::array();
+  int64_t never = 0;
+  for (const CondenseLayer& layer : stats.layers) {
+    std::string steps;
+    OrderedJson experts = OrderedJson::array(), divergence = OrderedJson::array();
+    for (const GreedyStep& step : layer.steps) {
+      steps += fmt::format("  {:.3e} ({})", step.divergence, step.chosen);
+      experts.push_back(step.chosen);
+      divergence.push_back(step.divergence);
+    }
+    for (const int64_t count : layer.alpha_count) never += count == 0 ? 1 : 0;
+    table += fmt::format("  {:>5}{}\n", layer.layer, steps);
+    layers.push_back({{"layer", layer.layer}, {"experts", experts}, {"js", divergence}});
+  }
+  if (never > 0) {
+    session.Warn(fmt::format("{} experts were never selected: their weight is taken as {}", never,
+                             kUnselectedAlpha));
+  }
+  if (session.flags.json) {
+    session.PrintJson({{"schema", "winnow.observe/1"},
+                       {"output", output},
+                       {"method", "cd-moe"},
+                       {"search_tokens", stats.search_tokens},
+                       {"alpha_tokens", stats.alpha_tokens},
+                       {"layers", layers},
+                       {"seconds", seconds},
+                       {"peak_rss_bytes", PeakResidentBytes()}});
+  } else {
+    session.Print(table);
+    session.Note(fmt::format("wrote {}", output));
+    session.PrintUsage();
+  }
+  return 0;
+}
+
+CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folder,
+                                   const CondenseChoice& choice, const std::string& target) {
+  const CondenseStats stats = ReadCondenseStats(stats_folder);
+  const Model model = Model::Open(choice.model);
+  CheckCondenseStats(stats, model);
+  CheckChoice(stats, choice, model);
+  WarnWithoutShared(session, model);
+  CompressionPlan plan;
+  plan.method = "cd-moe";
+  plan.objective = "jensen-shannon";
+  plan.model_type = stats.model_type;
+  plan.model_fingerprint = stats.model_fingerprint;
+  plan.target = target;
+  plan.sources = stats.search_sources;
+  plan.calibration_tokens = stats.search_tokens;
+  plan.bytes_before = model.checkpoint().total_bytes();
+  std::vector<int32_t> chosen = choice.moe_layers;
+  if (chosen.empty() && choice.layers > 0) {
+    const TokenSet tokens = ReadSearchTokens(stats_folder);
+    const LayerSearchOptions options{
+        .num_layers = choice.layers,
+        .compute = stats.compute == "f32" ? ComputePrecision::kF32 : ComputePrecision::kAuto,
+        .memory_budget_bytes = session.memory_budget(),
+        .spill_folder = choice.spill_folder};
+    const LayerSearchPlan search =
+        PlanLayerSearch(model, tokens, options, session.pool().num_threads());
+    session.RequireMemory(search.memory, "plan");
+    const CondenseWeights condense = [&](int64_t moe_layer, const LayerWeights& intact) {
+      const CondenseLayer& layer = stats.layers[static_cast<size_t>(moe_layer)];
+      std::vector<int32_t> experts;
+      std::vector<float> alphas;
+      for (int64_t i = 0; i < choice.experts; ++i) {
+        experts.push_back(layer.steps[static_cast<size_t>(i)].chosen);
+        alphas.push_back(static_cast<float>(layer.AlphaOrDefault(experts.back())));
+      }
+      return CondensedWeights{intact.Condensed(experts, alphas), {}};
+    };
+    if (choice.kl) {
+      plan.search = "each layer alone by KL of the logits";
+      const std::vector<double> kl = SingleLayerKl(model, tokens, condense, options, search,
+                                                   session.pool(), session.control());
+      std::vector<int32_t> order(kl.size());
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return kl[static_cast<size_t>(a)] < kl[static_cast<size_t>(b)];
+      });
+      order.resize(static_cast<size_t>(choice.layers));
+      plan.layer_order = order;
+      plan.layer_kl = kl;
+    } else {
+      plan.search = "greedy experts, greedy layers";
+      for (const GreedyStep& step : SearchLayersGreedily(model, tokens, condense, options, search,
+                                                         session.pool(), session.control())) {
+        plan.layer_order.push_back(step.chosen);
+        plan.layer_divergence.push_back(step.divergence);
+        plan.layer_candidates.push_back(step.candidates);
+      }
+    }
+    session.FinishProgress();
+    chosen = plan.layer_order;
+  } else {
+    plan.search = "greedy experts, layers named";
+  }
+  for (const CondenseLayer& layer : stats.layers) {
+    LayerPlan entry;
+    entry.layer = layer.layer;
+    entry.moe_layer = layer.moe_layer;
+    entry.num_experts = layer.num_experts;
+    if (std::find(chosen.begin(), chosen.end(), layer.moe_layer) != chosen.end()) {
+      entry.condensed = CondenseLayerOf(layer, choice.experts);
+      entry.kept = entry.condensed->experts;
+      std::sort(entry.kept.begin(), entry.kept.end());
+    } else {
+      entry.kept.resize(static_cast<size_t>(layer.num_experts));
+      std::iota(entry.kept.begin(), entry.kept.end(), 0);
+    }
+    entry.dropped = OtherExperts(entry.kept, layer.num_experts);
+    plan.layers.push_back(std::move(entry));
+  }
+  plan.bytes_after = PlanRewrite(model, plan, {}).bytes_after;
+  return plan;
+}
+
+}  // namespace winnow::cli

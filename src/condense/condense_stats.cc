@@ -1,0 +1,234 @@
+#include "condense/condense_stats.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "checkpoint/safetensors_writer.h"
+#include "text/text_source.h"
+
+namespace winnow {
+namespace {
+
+constexpr const char* kSchema = "winnow.condense/1";
+constexpr const char* kStatsName = "stats.json";
+constexpr const char* kTokensName = "search.safetensors";
+constexpr int64_t kMaxCount = int64_t{1} << 40;
+
+// Typed access with the file's name in every message.
+class Fields {
+ public:
+  Fields(const Json& json, std::string where) : json_(json), where_(std::move(where)) {
+    if (!json.is_object()) throw ModelError(where_ + ": expected an object", kHint);
+  }
+  [[noreturn]] void Fail(const char* key, const std::string& expected) const {
+    throw ModelError(fmt::format("{}: \"{}\": expected {}", where_, key, expected), kHint);
+  }
+  const Json& At(const char* key) const {
+    const auto it = json_.find(key);
+    if (it == json_.end()) Fail(key, "a value");
+    return *it;
+  }
+  std::string Text(const char* key) const {
+    if (!At(key).is_string()) Fail(key, "a string");
+    return At(key).get<std::string>();
+  }
+  int64_t Integer(const char* key, int64_t low, int64_t high) const {
+    const Json& value = At(key);
+    if (!value.is_number_integer() || value.get<int64_t>() < low || value.get<int64_t>() > high) {
+      Fail(key, fmt::format("an integer from {} to {}", low, high));
+    }
+    return value.get<int64_t>();
+  }
+  const Json& List(const char* key) const {
+    if (!At(key).is_array()) Fail(key, "a list");
+    return At(key);
+  }
+  std::vector<double> Numbers(const char* key, const Json& list) const {
+    std::vector<double> numbers;
+    if (!list.is_array()) Fail(key, "a list of numbers");
+    for (const Json& item : list) {
+      if (!item.is_number()) Fail(key, "a list of numbers");
+      numbers.push_back(item.get<double>());
+    }
+    return numbers;
+  }
+  std::vector<std::string> Names(const char* key) const {
+    std::vector<std::string> names;
+    for (const Json& item : List(key)) {
+      if (!item.is_string()) Fail(key, "a list of names");
+      names.push_back(item.get<std::string>());
+    }
+    return names;
+  }
+
+ private:
+  static constexpr const char* kHint = "observe again with --method cd-moe";
+  const Json& json_;
+  std::string where_;
+};
+
+CondenseLayer LayerFromJson(const Fields& fields, int64_t num_layers, int64_t max_experts) {
+  CondenseLayer layer;
+  layer.layer = static_cast<int32_t>(fields.Integer("layer", 0, num_layers - 1));
+  layer.moe_layer = static_cast<int32_t>(fields.Integer("moe_layer", 0, num_layers - 1));
+  layer.num_experts = fields.Integer("num_experts", 1, 65536);
+  const auto experts = static_cast<size_t>(layer.num_experts);
+  layer.alpha_sum = fields.Numbers("alpha_sum", fields.List("alpha_sum"));
+  for (const Json& count : fields.List("alpha_count")) {
+    if (!count.is_number_integer() || count.get<int64_t>() < 0) {
+      fields.Fail("alpha_count", "counts of tokens");
+    }
+    layer.alpha_count.push_back(count.get<int64_t>());
+  }
+  if (layer.alpha_sum.size() != experts || layer.alpha_count.size() != experts) {
+    fields.Fail("alpha_sum", fmt::format("{} numbers, as alpha_count", experts));
+  }
+  const Json& chosen = fields.List("experts");
+  const std::vector<double> divergence = fields.Numbers("js", fields.List("js"));
+  const Json& candidates = fields.List("js_candidates");
+  if (divergence.size() != chosen.size() || candidates.size() != chosen.size() ||
+      std::ssize(chosen) > std::min(max_experts, layer.num_experts)) {
+    fields.Fail("experts", "as many as js and js_candidates, at most max_experts");
+  }
+  std::vector<bool> seen(experts);
+  for (size_t s = 0; s < chosen.size(); ++s) {
+    if (!chosen[s].is_number_integer() || chosen[s].get<int64_t>() < 0 ||
+        chosen[s].get<int64_t>() >= layer.num_experts || seen[chosen[s].get<size_t>()]) {
+      fields.Fail("experts", "different expert numbers");
+    }
+    seen[chosen[s].get<size_t>()] = true;
+    layer.steps.push_back(
+        {chosen[s].get<int32_t>(), divergence[s], fields.Numbers("js_candidates", candidates[s])});
+  }
+  return layer;
+}
+
+}  // namespace
+
+std::optional<double> CondenseLayer::Alpha(int32_t expert) const {
+  const auto at = static_cast<size_t>(expert);
+  if (alpha_count.at(at) == 0) return std::nullopt;
+  return alpha_sum.at(at) / static_cast<double>(alpha_count[at]);
+}
+
+OrderedJson CondenseStatsToJson(const CondenseStats& stats) {
+  OrderedJson layers = OrderedJson::array();
+  for (const CondenseLayer& layer : stats.layers) {
+    OrderedJson experts = OrderedJson::array(), js = OrderedJson::array(),
+                candidates = OrderedJson::array();
+    for (const GreedyStep& step : layer.steps) {
+      experts.push_back(step.chosen);
+      js.push_back(step.divergence);
+      candidates.push_back(step.candidates);
+    }
+    layers.push_back({{"layer", layer.layer},
+                      {"moe_layer", layer.moe_layer},
+                      {"num_experts", layer.num_experts},
+                      {"alpha_sum", layer.alpha_sum},
+                      {"alpha_count", layer.alpha_count},
+                      {"experts", experts},
+                      {"js", js},
+                      {"js_candidates", candidates}});
+  }
+  return {{"schema", kSchema},
+          {"model",
+           {{"fingerprint", stats.model_fingerprint},
+            {"model_type", stats.model_type},
+            {"num_layers", stats.num_layers}}},
+          {"compute", stats.compute},
+          {"isa", stats.isa},
+          {"max_experts", stats.max_experts},
+          {"search",
+           {{"sources", stats.search_sources},
+            {"fingerprint", stats.search_fingerprint},
+            {"tokens", stats.search_tokens}}},
+          {"alpha",
+           {{"sources", stats.alpha_sources},
+            {"fingerprint", stats.alpha_fingerprint},
+            {"tokens", stats.alpha_tokens}}},
+          {"layers", layers}};
+}
+
+CondenseStats CondenseStatsFromJson(const Json& json, const std::string& where) {
+  const Fields root(json, where);
+  if (root.Text("schema") != kSchema) root.Fail("schema", fmt::format("\"{}\"", kSchema));
+  CondenseStats stats;
+  const Fields model(root.At("model"), where + ": model");
+  stats.model_fingerprint = model.Text("fingerprint");
+  stats.model_type = model.Text("model_type");
+  stats.num_layers = model.Integer("num_layers", 1, 4096);
+  stats.compute = root.Text("compute");
+  if (stats.compute != "f32" && stats.compute != "auto") root.Fail("compute", "f32 or auto");
+  stats.isa = root.Text("isa");
+  stats.max_experts = root.Integer("max_experts", 0, 65536);
+  const Fields search(root.At("search"), where + ": search");
+  stats.search_sources = search.Names("sources");
+  stats.search_fingerprint = search.Text("fingerprint");
+  stats.search_tokens = search.Integer("tokens", 0, kMaxCount);
+  const Fields alpha(root.At("alpha"), where + ": alpha");
+  stats.alpha_sources = alpha.Names("sources");
+  stats.alpha_fingerprint = alpha.Text("fingerprint");
+  stats.alpha_tokens = alpha.Integer("tokens", 0, kMaxCount);
+  for (const Json& item : root.List("layers")) {
+    const Fields fields(item, fmt::format("{}: layers[{}]", where, stats.layers.size()));
+    stats.layers.push_back(LayerFromJson(fields, stats.num_layers, stats.max_experts));
+    const CondenseLayer& last = stats.layers.back();
+    if (last.moe_layer != std::ssize(stats.layers) - 1 ||
+        (stats.layers.size() > 1 && stats.layers[stats.layers.size() - 2].layer >= last.layer)) {
+      fields.Fail("layer", "MoE layers in ascending order");
+    }
+  }
+  return stats;
+}
+
+bool IsCondenseStats(const fs::path& folder) {
+  const fs::path path = folder / kStatsName;
+  if (!fs::exists(path)) return false;
+  const Json json = ParseJson(ReadTextFile(path), path.string());
+  return json.is_object() && json.contains("schema") && json["schema"] == kSchema;
+}
+
+CondenseStats ReadCondenseStats(const fs::path& folder) {
+  const fs::path path = folder / kStatsName;
+  if (!fs::exists(path)) {
+    throw UsageError(
+        fmt::format("{} is not a statistics folder: {} is missing", folder.string(), kStatsName),
+        "make one with: winnow observe MODEL --method cd-moe --calib TEXT -o STATS");
+  }
+  return CondenseStatsFromJson(ParseJson(ReadTextFile(path), path.string()), path.string());
+}
+
+void CheckCondenseStats(const CondenseStats& stats, const Model& model) {
+  if (stats.model_fingerprint != model.checkpoint().FingerprintHex()) {
+    throw UsageError("the statistics are of another model (its fingerprint differs)",
+                     "observe this model, or give the one that was observed with --model");
+  }
+  const std::vector<int32_t> moe = model.config().MoeLayers();
+  bool same = moe.size() == stats.layers.size();
+  for (size_t i = 0; same && i < moe.size(); ++i) {
+    same = stats.layers[i].layer == moe[i] &&
+           stats.layers[i].num_experts ==
+               model.config().layers[static_cast<size_t>(moe[i])].num_experts;
+  }
+  if (!same) {
+    throw ModelError("the statistics name other layers than the model has",
+                     "observe again with --method cd-moe");
+  }
+}
+
+void WriteSearchTokens(const fs::path& folder, const TokenSet& tokens) {
+  const std::vector<TensorData> tensors = {
+      {"input_ids", Dtype::kI32, {tokens.ids.size()}, std::as_bytes(std::span(tokens.ids))},
+      {"offsets", Dtype::kI64, {tokens.offsets.size()}, std::as_bytes(std::span(tokens.offsets))}};
+  WriteSafetensors(folder / kTokensName, tensors);
+}
+
+TokenSet ReadSearchTokens(const fs::path& folder) {
+  const TokenSequences sequences = ReadTokenIds(folder / kTokensName);
+  return {sequences.ids, sequences.offsets};
+}
+
+}  // namespace winnow
