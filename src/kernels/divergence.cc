@@ -35,6 +35,36 @@ HWY_INLINE void StorePart(VF v, float* p, size_t count) {
   }
 }
 
+// ln(x) for normal x > 0, within 2 units in the last place: the exponent's share plus the
+// polynomial of Cephes' logf on the mantissa, taken from sqrt(1/2) to sqrt(2).
+HWY_INLINE VF LogPositive(VF x) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const auto bits = hn::BitCast(di, x);
+  auto exponent = hn::Sub(hn::ShiftRight<23>(bits), hn::Set(di, 126));
+  const auto mantissa_bits =
+      hn::Or(hn::And(bits, hn::Set(di, 0x007fffff)), hn::Set(di, 0x3f000000));
+  VF m = hn::BitCast(d, mantissa_bits);  // [1/2, 1)
+  const auto small = hn::Lt(m, hn::Set(d, 0.707106781f));
+  VF e = hn::ConvertTo(d, exponent);
+  e = hn::IfThenElse(small, hn::Sub(e, hn::Set(d, 1.0f)), e);
+  m = hn::Sub(hn::IfThenElse(small, hn::Add(m, m), m), hn::Set(d, 1.0f));
+  const VF z = hn::Mul(m, m);
+  VF p = hn::Set(d, 7.0376836292e-2f);
+  p = hn::MulAdd(p, m, hn::Set(d, -1.1514610310e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 1.1676998740e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, -1.2420140846e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 1.4249322787e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, -1.6668057665e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 2.0000714765e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, -2.4999993993e-1f));
+  p = hn::MulAdd(p, m, hn::Set(d, 3.3333331174e-1f));
+  VF y = hn::Mul(hn::Mul(p, m), z);
+  y = hn::MulAdd(e, hn::Set(d, -2.12194440e-4f), y);
+  y = hn::NegMulAdd(hn::Set(d, 0.5f), z, y);
+  return hn::MulAdd(e, hn::Set(d, 0.693359375f), hn::Add(m, y));
+}
+
 // (1-r) ln(1-r) + (1+r) ln(1+r) for |r| <= 1: its series r^2 + r^4/6 + r^6/15 + ... where that is
 // exact to f32 (|r| <= 1/2), logarithms elsewhere.
 HWY_INLINE VF MeanExcess(VF r) {
@@ -45,18 +75,12 @@ HWY_INLINE VF MeanExcess(VF r) {
     series = hn::MulAdd(series, u, hn::Set(d, 1.0f / divisor));
   }
   series = hn::Mul(series, u);
-  if (HWY_LIKELY(hn::AllTrue(d, hn::Le(u, hn::Set(d, 0.25f))))) return series;
-  HWY_ALIGN float ratio[kLanes];
-  HWY_ALIGN float excess[kLanes];
-  hn::Store(r, d, ratio);
-  hn::Store(series, d, excess);
-  for (size_t l = 0; l < kLanes; ++l) {
-    const float x = std::abs(ratio[l]);  // even; NaN stays what the series made of it
-    if (!(x > 0.5f)) continue;
-    const float low = std::max(1 - x, 1e-30f);
-    excess[l] = low * std::log(low) + (1 + x) * std::log1p(x);
-  }
-  return hn::Load(d, excess);
+  const auto near = hn::Not(hn::Gt(u, hn::Set(d, 0.25f)));  // and NaN, which the series keeps
+  if (HWY_LIKELY(hn::AllTrue(d, near))) return series;
+  const VF one = hn::Set(d, 1.0f), least = hn::Set(d, 1e-30f);
+  const VF low = hn::Max(hn::Sub(one, r), least), high = hn::Max(hn::Add(one, r), least);
+  const VF logarithms = hn::MulAdd(low, LogPositive(low), hn::Mul(high, LogPositive(high)));
+  return hn::IfThenElse(near, series, logarithms);
 }
 
 double RowDivergence(const float* p, const CandidateStream& c, size_t row, size_t n, float* x) {
