@@ -20,7 +20,7 @@ struct ObserveFlags {
   CalibrationFlags calibration;
   ObserveOptions options;
   bool progressive = false, repair_drift = false, until_stable = false;
-  int64_t keep = 0;
+  int64_t keep = 0, width = -1;
 };
 
 // What observing gave, however many sweeps it took.
@@ -68,20 +68,30 @@ int RunCondenseVerb(Session& session, ObserveFlags& flags) {
   if (flags.progressive || flags.repair_drift || flags.until_stable || flags.keep > 0 ||
       !flags.plan.empty() || !flags.stats.empty()) {
     throw UsageError(
-        "--method cd-moe takes none of --stats, --plan, --progressive, --repair-drift, "
+        "--method cd-moe and condense take none of --stats, --plan, --progressive, --repair-drift, "
         "--until-stable, --keep",
         "they belong to methods that prune experts");
   }
+  flags.condense.neurons = flags.method == "condense";
+  if (flags.condense.neurons
+          ? !flags.condense.alpha_calibration.empty() || flags.condense.max_experts >= 0
+          : flags.width >= 0) {
+    throw UsageError(
+        "--width belongs to --method condense, --alpha-calib and --max-experts to cd-moe",
+        "leave out the other method's");
+  }
+  if (flags.condense.neurons) flags.condense.max_experts = flags.width;
   flags.condense.checkpoint_seconds = flags.options.checkpoint_seconds;
   RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
   return ObserveCondense(session, flags.model, flags.calibration, flags.condense, flags.output);
 }
 
 int RunObserveVerb(Session& session, ObserveFlags& flags) {
-  if (flags.method == "cd-moe") return RunCondenseVerb(session, flags);
-  if (!flags.condense.alpha_calibration.empty() || flags.condense.max_experts > 0) {
-    throw UsageError("--alpha-calib and --max-experts belong to --method cd-moe",
-                     "add --method cd-moe, or leave them out");
+  if (flags.method != "naee") return RunCondenseVerb(session, flags);
+  if (!flags.condense.alpha_calibration.empty() || flags.condense.max_experts >= 0 ||
+      flags.width >= 0) {
+    throw UsageError("--alpha-calib, --max-experts and --width belong to methods that condense",
+                     "add --method cd-moe or --method condense, or leave them out");
   }
   if (flags.progressive && flags.until_stable) {
     throw UsageError("--progressive chooses while it observes: it takes no --until-stable",
@@ -164,11 +174,15 @@ void AddObserve(CLI::App& app, Session& session) {
       app.add_subcommand("observe", "Gather statistics of the experts on your text, in one pass");
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("--method", flags->method,
-                   "What for: naee (pruning, skipping, scores) or cd-moe (condensing layers)")
-      ->check(CLI::IsMember({"naee", "cd-moe"}));
+                   "What for: naee (pruning, skipping, scores), cd-moe (condensing layers, as\n"
+                   "published) or condense (by neurons)")
+      ->check(CLI::IsMember({"naee", "cd-moe", "condense"}));
   AddCalibrationFlags(*verb, flags->calibration);
   verb->add_option("--alpha-calib", flags->condense.alpha_calibration,
                    "cd-moe: text over which experts' weights are averaged (default: --calib)");
+  verb->add_option("--width", flags->width,
+                   "condense: most experts' worth of neurons to choose in a layer (default 6)")
+      ->check(WholeNumberFrom(0));
   verb->add_option("--max-experts", flags->condense.max_experts,
                    "cd-moe: experts to order in each layer (default 6, as published)")
       ->check(WholeNumberFrom(1));

@@ -23,7 +23,8 @@ struct PlanFlags {
   int64_t keep = 0, floor = 0;
   double ratio = 0, active = 0, max_error = 0, quantile = 0;
   CondenseChoice condense;
-  std::string layer_order = "greedy", moe_layers;
+  std::string layer_order, moe_layers;
+  int64_t width = -1;
   bool compare = false, curve = false, no_guard = false, all_tokens = false;
 };
 
@@ -94,19 +95,32 @@ int PlanCondensing(Session& session, PlanFlags& flags) {
       flags.keep > 0 || flags.ratio > 0 || flags.compare || flags.curve || flags.active > 0 ||
       flags.max_error > 0 || flags.quantile > 0) {
     throw UsageError(
-        "--method cd-moe takes --experts, --layers or --moe-layers, --layer-order and --model",
+        "--method cd-moe and condense take --experts or --width, --layers or --moe-layers, "
+        "--layer-order and --model",
         "the other flags belong to plans that prune or skip experts");
   }
   CondenseChoice& choice = flags.condense;
+  const bool neurons = flags.method == "condense";
+  if ((neurons ? choice.experts : flags.width) >= 0) {
+    throw UsageError("--experts belongs to --method cd-moe, --width to --method condense",
+                     "both say how wide a condensed layer stays, in experts");
+  }
+  if (neurons) choice.experts = flags.width;
+  if (IsCondenseStats(flags.stats) && ReadCondenseStats(flags.stats).method != flags.method) {
+    throw UsageError(fmt::format("{} was not observed with --method {}", flags.stats, flags.method),
+                     "plan by the method that was observed");
+  }
   choice.moe_layers = ParseLayerList(flags.moe_layers);
   if (choice.experts < 0 || choice.model.empty() ||
       (choice.layers > 0) == !choice.moe_layers.empty()) {
-    throw UsageError("give --experts N, --model MODEL, and one of --layers M and --moe-layers A,B",
-                     "--layers searches for the layers that cost least; --experts 0 keeps the "
-                     "shared expert alone");
+    throw UsageError(
+        "give --experts N (cd-moe) or --width N (condense), --model MODEL, and one of --layers M "
+        "and --moe-layers A,B",
+        "--layers searches for the layers that cost least; 0 experts keep the "
+        "shared one alone");
   }
-  choice.kl = flags.layer_order == "kl";
-  if (choice.kl && choice.layers == 0) {
+  choice.kl = flags.layer_order == "kl" || (neurons && flags.layer_order.empty());
+  if (!flags.layer_order.empty() && choice.layers == 0) {
     throw UsageError("--layer-order is of a search: it goes with --layers",
                      "--moe-layers names the layers");
   }
@@ -152,12 +166,13 @@ int PlanWithoutText(Session& session, const PlanFlags& flags) {
 }
 
 int RunPlan(Session& session, PlanFlags& flags) {
-  if (flags.method == "cd-moe") return PlanCondensing(session, flags);
+  if (flags.method == "cd-moe" || flags.method == "condense") return PlanCondensing(session, flags);
   if (flags.condense.experts >= 0 || flags.condense.layers > 0 || !flags.moe_layers.empty() ||
-      !flags.condense.model.empty() || flags.layer_order != "greedy") {
+      !flags.condense.model.empty() || !flags.layer_order.empty() || flags.width >= 0) {
     throw UsageError(
-        "--experts, --layers, --moe-layers, --layer-order and --model belong to --method cd-moe",
-        "observe with --method cd-moe first");
+        "--experts, --width, --layers, --moe-layers, --layer-order and --model belong to methods "
+        "that condense",
+        "observe with --method cd-moe or --method condense first");
   }
   if (flags.method == "naee-skip") return PlanSkipping(session, flags);
   if (flags.active > 0 || flags.max_error > 0 || flags.quantile > 0) {
@@ -235,22 +250,28 @@ void AddPlan(CLI::App& app, Session& session) {
       ->check(NumberFromTo(0.001, 0.999));
   verb->add_flag("--curve", flags->curve,
                  "Show the loss of every number of survivors; write nothing");
-  verb->add_option(
-      "--method", flags->method,
-      "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
-      "reap, man, msan, easy-ep, aimer, leave-one-out), naee-skip: skip experts\n"
-      "at run time, or cd-moe: condense layers (statistics of observe --method cd-moe)");
+  verb->add_option("--method", flags->method,
+                   "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
+                   "reap, man, msan, easy-ep, aimer, leave-one-out), naee-skip: skip experts\n"
+                   "at run time, cd-moe or condense: condense layers (observed with the same)");
   verb->add_option("--experts", flags->condense.experts,
                    "cd-moe: experts a condensed layer keeps beside the shared one; 0: none")
       ->check(WholeNumberFrom(0));
-  verb->add_option("--layers", flags->condense.layers, "cd-moe: how many layers to condense")
+  verb->add_option(
+          "--width", flags->width,
+          "condense: experts' worth of neurons a condensed layer keeps beside the shared one")
+      ->check(WholeNumberFrom(0));
+  verb->add_option("--layers", flags->condense.layers,
+                   "cd-moe, condense: how many layers to condense")
       ->check(WholeNumberFrom(1));
   verb->add_option("--moe-layers", flags->moe_layers,
-                   "cd-moe: condense these layers (1,4: among the MoE layers), no search");
+                   "cd-moe, condense: these layers (1,4: among the MoE layers), no search");
   verb->add_option("--layer-order", flags->layer_order,
-                   "cd-moe: greedy (as published), or kl: by each layer's effect on the logits")
+                   "greedy (cd-moe's default, as published) or kl (condense's): by each layer's\n"
+                   "effect on the logits")
       ->check(CLI::IsMember({"greedy", "kl"}));
-  verb->add_option("--model", flags->condense.model, "cd-moe: the checkpoint that was observed");
+  verb->add_option("--model", flags->condense.model,
+                   "cd-moe, condense: the checkpoint that was observed");
   verb->add_flag("--compare", flags->compare, "Show what every method would drop; write nothing");
   verb->add_option("--mix", flags->mix,
                    "Weigh the texts anew: prose=1,code=3 multiplies their sums (default 1 each)");

@@ -4,12 +4,14 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 
 #include "apply/checkpoint_rewriter.h"
 #include "base/error.h"
 #include "base/units.h"
 #include "condense/layer_search.h"
+#include "weights/fused_feed_forward.h"
 
 namespace winnow::cli {
 namespace {
@@ -29,8 +31,30 @@ void WarnWithoutShared(Session& session, const Model& model) {
   }
 }
 
-// The experts a layer keeps, as the plan says them.
-CondensePlanOfLayer CondenseLayerOf(const CondenseLayer& layer, int64_t experts) {
+// The neurons of the first `width` experts' worth, by expert.
+CondensePlanOfLayer NeuronsOf(const CondenseLayer& layer, int64_t width, int64_t expert_width) {
+  CondensePlanOfLayer condensed;
+  std::map<int32_t, std::vector<int32_t>> rows;
+  const auto count =
+      std::min<size_t>(static_cast<size_t>(width * expert_width), layer.neuron_rows.size());
+  for (size_t i = 0; i < count; ++i) rows[layer.neuron_experts[i]].push_back(layer.neuron_rows[i]);
+  for (const double alpha : layer.width_alphas.at(static_cast<size_t>(width))) {
+    condensed.alphas.push_back(alpha);
+  }
+  for (auto& [expert, neurons] : rows) {
+    std::sort(neurons.begin(), neurons.end());
+    condensed.experts.push_back(expert);
+    condensed.neurons.push_back(std::move(neurons));
+  }
+  return condensed;
+}
+
+// What a layer becomes, as the plan says it.
+CondensePlanOfLayer CondenseLayerOf(const CondenseStats& stats, const CondenseLayer& layer,
+                                    int64_t experts, const ModelConfig& config) {
+  if (stats.method == "condense") {
+    return NeuronsOf(layer, experts, config.layers[static_cast<size_t>(layer.layer)].expert_width);
+  }
   CondensePlanOfLayer condensed;
   for (int32_t e = 0; e < layer.num_experts; ++e) condensed.alphas.push_back(layer.Alpha(e));
   for (int64_t i = 0; i < experts; ++i) {
@@ -45,9 +69,11 @@ CondensePlanOfLayer CondenseLayerOf(const CondenseLayer& layer, int64_t experts)
 void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const Model& model) {
   const int64_t num_layers = std::ssize(stats.layers);
   if (choice.experts > stats.max_experts) {
-    throw UsageError(fmt::format("--experts {}: the statistics hold the first {} of each layer",
-                                 choice.experts, stats.max_experts),
-                     "observe again with a larger --max-experts");
+    const bool neurons = stats.method == "condense";
+    throw UsageError(
+        fmt::format("{} {}: the statistics hold the first {} of each layer",
+                    neurons ? "--width" : "--experts", choice.experts, stats.max_experts),
+        fmt::format("observe again with a larger {}", neurons ? "--width" : "--max-experts"));
   }
   if (choice.layers > num_layers) {
     throw UsageError(
@@ -71,13 +97,60 @@ void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const
   }
 }
 
+// The weights of a layer as a plan would leave it.
+CondensedWeights Condensed(CondensePlanOfLayer condensed, int32_t layer, const LayerWeights& intact,
+                           const Model& model) {
+  if (condensed.neurons.empty() && (condensed.experts.empty() || !condensed.divergence.empty())) {
+    std::vector<float> alphas;
+    for (const double alpha : AlphasOf(condensed)) alphas.push_back(static_cast<float>(alpha));
+    return {intact.Condensed(condensed.experts, alphas), {}};
+  }
+  LayerPlan plan;
+  plan.layer = layer;
+  plan.condensed = std::move(condensed);
+  FusedFeedForward fused =
+      FuseParts(intact, FusedParts(plan, model.config()), intact.experts.front().gate.dtype);
+  CondensedWeights result{intact.Condensed({}, {}), std::move(fused.storage)};
+  result.weights.dense = fused.weights;
+  if (!model.config().shared_expert_gated) result.weights.shared = {};
+  return result;
+}
+
+int ReportNeurons(Session& session, const CondenseStats& stats, const std::string& output,
+                  double seconds) {
+  std::string table =
+      "  layer  error of the layer, relative to its stream, with 0, 1, .. experts' worth of "
+      "neurons\n";
+  OrderedJson layers = OrderedJson::array();
+  for (const CondenseLayer& layer : stats.layers) {
+    std::string errors;
+    for (const double error : layer.width_errors) errors += fmt::format("  {:.5f}", error);
+    table += fmt::format("  {:>5}{}\n", layer.layer, errors);
+    layers.push_back({{"layer", layer.layer}, {"width_errors", layer.width_errors}});
+  }
+  if (session.flags.json) {
+    session.PrintJson({{"schema", "winnow.observe/1"},
+                       {"output", output},
+                       {"method", stats.method},
+                       {"search_tokens", stats.search_tokens},
+                       {"layers", layers},
+                       {"seconds", seconds},
+                       {"peak_rss_bytes", PeakResidentBytes()}});
+  } else {
+    session.Print(table);
+    session.Note(fmt::format("wrote {}", output));
+    session.PrintUsage();
+  }
+  return 0;
+}
+
 }  // namespace
 
 int ObserveCondense(Session& session, const std::string& model_folder,
                     const CalibrationFlags& calibration, const CondenseFlags& flags,
                     const std::string& output) {
   const Model model = Model::Open(model_folder);
-  WarnWithoutShared(session, model);
+  if (!flags.neurons) WarnWithoutShared(session, model);
   const std::vector<SourceBlocks> search =
       LoadCalibration(session, model, model_folder, calibration);
   std::vector<SourceBlocks> alpha;
@@ -90,20 +163,31 @@ int ObserveCondense(Session& session, const std::string& model_folder,
   for (const LayerConfig& layer : model.config().layers) {
     if (layer.is_moe) fewest = std::min(fewest, layer.num_experts);
   }
-  const CondenseOptions options{.max_experts = flags.max_experts > 0 ? flags.max_experts : fewest,
-                                .compute = session.compute(),
-                                .resume = session.flags.resume,
-                                .checkpoint_seconds = flags.checkpoint_seconds,
-                                .memory_budget_bytes = session.memory_budget()};
+  const CondenseOptions options{
+      .method = flags.neurons ? CondenseMethod::kNeurons : CondenseMethod::kExperts,
+      .max_experts = flags.max_experts >= 0 ? flags.max_experts : fewest,
+      .compute = session.compute(),
+      .resume = session.flags.resume,
+      .checkpoint_seconds = flags.checkpoint_seconds,
+      .memory_budget_bytes = session.memory_budget()};
   const CondensePlan plan =
       PlanCondense(model, search, alpha, options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "observe");
-  session.Note(fmt::format(
-      "observe: {} tokens to search {} experts a layer on, weights averaged over {}; {} of memory, "
-      "{} of scratch on disk",
-      FormatCount(static_cast<uint64_t>(plan.stats.search_tokens)), options.max_experts,
-      FormatCount(static_cast<uint64_t>(plan.stats.alpha_tokens)),
-      FormatBytes(plan.memory.total_bytes()), FormatBytes(plan.disk_bytes)));
+  if (flags.neurons) {
+    session.Note(
+        fmt::format("observe: {} tokens to choose up to {} experts' worth of neurons a layer "
+                    "on; {} of memory",
+                    FormatCount(static_cast<uint64_t>(plan.stats.search_tokens)),
+                    options.max_experts, FormatBytes(plan.memory.total_bytes())));
+  } else {
+    session.Note(fmt::format(
+        "observe: {} tokens to search {} experts a layer on, weights averaged over {}; {} of "
+        "memory, "
+        "{} of scratch on disk",
+        FormatCount(static_cast<uint64_t>(plan.stats.search_tokens)), options.max_experts,
+        FormatCount(static_cast<uint64_t>(plan.stats.alpha_tokens)),
+        FormatBytes(plan.memory.total_bytes()), FormatBytes(plan.disk_bytes)));
+  }
   if (session.flags.dry_run) {
     session.PrintDryRun("observe", {{"search_tokens", plan.stats.search_tokens},
                                     {"alpha_tokens", plan.stats.alpha_tokens},
@@ -114,6 +198,7 @@ int ObserveCondense(Session& session, const std::string& model_folder,
   const CondenseStats stats =
       RunCondense(model, options, plan, output, session.pool(), session.control());
   const double seconds = session.seconds() - start;
+  if (flags.neurons) return ReportNeurons(session, stats, output, seconds);
   std::string table = "  layer  divergence of the layer's output after each expert (experts)\n";
   OrderedJson layers = OrderedJson::array();
   int64_t never = 0;
@@ -156,16 +241,18 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
   const Model model = Model::Open(choice.model);
   CheckCondenseStats(stats, model);
   CheckChoice(stats, choice, model);
-  WarnWithoutShared(session, model);
+  if (stats.method == "cd-moe") WarnWithoutShared(session, model);
   CompressionPlan plan;
-  plan.method = "cd-moe";
-  plan.objective = "jensen-shannon";
+  const bool neurons = stats.method == "condense";
+  plan.method = stats.method;
+  plan.objective = neurons ? "squared error relative to the stream" : "jensen-shannon";
   plan.model_type = stats.model_type;
   plan.model_fingerprint = stats.model_fingerprint;
   plan.target = target;
   plan.sources = stats.search_sources;
   plan.calibration_tokens = stats.search_tokens;
   plan.bytes_before = model.checkpoint().total_bytes();
+  const std::string what = neurons ? "neurons by least squares" : "greedy experts";
   std::vector<int32_t> chosen = choice.moe_layers;
   if (chosen.empty() && choice.layers > 0) {
     const TokenSet tokens = ReadSearchTokens(stats_folder);
@@ -179,16 +266,11 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
     session.RequireMemory(search.memory, "plan");
     const CondenseWeights condense = [&](int64_t moe_layer, const LayerWeights& intact) {
       const CondenseLayer& layer = stats.layers[static_cast<size_t>(moe_layer)];
-      std::vector<int32_t> experts;
-      std::vector<float> alphas;
-      for (int64_t i = 0; i < choice.experts; ++i) {
-        experts.push_back(layer.steps[static_cast<size_t>(i)].chosen);
-        alphas.push_back(static_cast<float>(layer.AlphaOrDefault(experts.back())));
-      }
-      return CondensedWeights{intact.Condensed(experts, alphas), {}};
+      return Condensed(CondenseLayerOf(stats, layer, choice.experts, model.config()), layer.layer,
+                       intact, model);
     };
     if (choice.kl) {
-      plan.search = "each layer alone by KL of the logits";
+      plan.search = fmt::format("{}, each layer alone by KL of the logits", what);
       const std::vector<double> kl = SingleLayerKl(model, tokens, condense, options, search,
                                                    session.pool(), session.control());
       std::vector<int32_t> order(kl.size());
@@ -200,7 +282,7 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
       plan.layer_order = order;
       plan.layer_kl = kl;
     } else {
-      plan.search = "greedy experts, greedy layers";
+      plan.search = fmt::format("{}, greedy layers", what);
       for (const GreedyStep& step : SearchLayersGreedily(model, tokens, condense, options, search,
                                                          session.pool(), session.control())) {
         plan.layer_order.push_back(step.chosen);
@@ -211,7 +293,7 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
     session.FinishProgress();
     chosen = plan.layer_order;
   } else {
-    plan.search = "greedy experts, layers named";
+    plan.search = fmt::format("{}, layers named", what);
   }
   for (const CondenseLayer& layer : stats.layers) {
     LayerPlan entry;
@@ -219,7 +301,7 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
     entry.moe_layer = layer.moe_layer;
     entry.num_experts = layer.num_experts;
     if (std::find(chosen.begin(), chosen.end(), layer.moe_layer) != chosen.end()) {
-      entry.condensed = CondenseLayerOf(layer, choice.experts);
+      entry.condensed = CondenseLayerOf(stats, layer, choice.experts, model.config());
       entry.kept = entry.condensed->experts;
       std::sort(entry.kept.begin(), entry.kept.end());
     } else {

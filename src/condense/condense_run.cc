@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/hash.h"
+#include "condense/neuron_pass.h"
 #include "forward/layer_sweep.h"
 #include "kernels/elementwise.h"
 #include "kernels/targets.h"
@@ -155,6 +156,12 @@ class Condenser {
   }
 
   CondenseLayer RunMoeLayer(int64_t layer, const LayerWeights& weights) {
+    if (options_.method == CondenseMethod::kNeurons) {
+      CondenseLayer result = ChooseLayerNeurons(model_, layer, weights, options_.max_experts,
+                                                search_, *search_stream_, pool_, control_);
+      result.moe_layer = static_cast<int32_t>(stats_.layers.size());
+      return result;
+    }
     const ModelConfig& config = model_.config();
     const int64_t h = config.hidden_size, tokens = plan_.search.num_tokens();
     const bool last = layer + 1 == config.num_layers();
@@ -268,7 +275,8 @@ class Condenser {
   int64_t saved_ = 0;
 };
 
-MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan, int num_threads) {
+MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan, CondenseMethod method,
+                          int num_threads) {
   const int64_t h = model.config().hidden_size;
   const int64_t search = plan.search.num_tokens(), alpha = plan.alpha.num_tokens();
   int64_t experts = 0;
@@ -285,6 +293,19 @@ MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan, int num_
                                 : "hidden states of all tokens",
              plan.spill_streams ? 2 * HiddenStates::Bytes(tile, h)
                                 : HiddenStates::Bytes(search + alpha, h));
+  const bool neurons = method == CondenseMethod::kNeurons;
+  if (neurons) {
+    uint64_t largest = 0;
+    for (const LayerConfig& layer : model.config().layers) {
+      if (layer.is_moe) {
+        largest = std::max(largest, NeuronPassBytes(model.config(), layer, tile));
+      }
+    }
+    memory.Add("moments of a layer's neurons", largest);
+    memory.Add("token ids", static_cast<uint64_t>(search) * 8);
+    memory.Add("work of a tile", LayerSweep::ScratchBytes(model, plan.search, true, num_threads));
+    return memory;
+  }
   memory.Add("search text: sums, inputs, intact states", 3 * HiddenStates::Bytes(search, h));
   memory.Add(
       plan.spill_outputs ? "outputs of an expert, one tile (the rest on disk)"
@@ -309,10 +330,15 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
   }
   for (const int32_t layer : config.MoeLayers()) {
     const int64_t experts = config.layers[static_cast<size_t>(layer)].num_experts;
+    if (options.method == CondenseMethod::kNeurons && options.max_experts == 0 &&
+        config.layers[static_cast<size_t>(layer)].shared_width == 0) {
+      throw UsageError("--width 0 keeps the shared expert alone, and this model has none",
+                       "keep at least one expert's worth");
+    }
     if (options.max_experts > experts) {
-      throw UsageError(fmt::format("--max-experts {}: layer {} has {} experts", options.max_experts,
-                                   layer, experts),
-                       "ask for fewer");
+      throw UsageError(
+          fmt::format("{} experts asked for: layer {} has {}", options.max_experts, layer, experts),
+          "ask for fewer");
     }
   }
   CondensePlan plan;
@@ -323,6 +349,7 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
   stats.model_fingerprint = model.checkpoint().FingerprintHex();
   stats.model_type = std::string(config.family->model_type);
   stats.num_layers = config.num_layers();
+  stats.method = options.method == CondenseMethod::kNeurons ? "condense" : "cd-moe";
   stats.compute = options.compute == ComputePrecision::kF32 ? "f32" : "auto";
   stats.isa = ActiveIsa();
   stats.max_experts = options.max_experts;
@@ -345,7 +372,7 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
     plan.prefetch = way.prefetch;
     plan.spill_streams = way.spill_streams;
     plan.spill_outputs = way.spill_outputs;
-    plan.memory = MakeMemoryPlan(model, plan, num_threads);
+    plan.memory = MakeMemoryPlan(model, plan, options.method, num_threads);
     if (plan.memory.total_bytes() <= options.memory_budget_bytes) break;
   }
   plan.memory.Require(options.memory_budget_bytes);

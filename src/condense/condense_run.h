@@ -18,8 +18,18 @@
 
 namespace winnow {
 
+enum class CondenseMethod : uint8_t {
+  kExperts,  // CD-MoE's greedy search of whole experts
+  kNeurons,  // single neurons of all experts by least squares (neuron_choice.h)
+};
+
+// More features than this and whole experts are chosen in place of neurons: the moments of all
+// would not fit.
+inline constexpr int64_t kMostFeatures = 8192;
+
 struct CondenseOptions {
-  int64_t max_experts = 0;  // of the search, in each layer
+  CondenseMethod method = CondenseMethod::kExperts;
+  int64_t max_experts = 0;  // of the search, in each layer; of the width, in experts' worth
   ComputePrecision compute = ComputePrecision::kF32;
   bool resume = false;
   // Streams are saved when a layer ends at least this long after the last save.

@@ -15,6 +15,8 @@ namespace {
 constexpr const char* kSchema = "winnow.condense/1";
 constexpr const char* kStatsName = "stats.json";
 constexpr const char* kTokensName = "search.safetensors";
+constexpr const char* kExperts = "cd-moe";
+constexpr const char* kNeurons = "condense";
 constexpr int64_t kMaxCount = int64_t{1} << 40;
 
 // Typed access with the file's name in every message.
@@ -106,6 +108,38 @@ CondenseLayer LayerFromJson(const Fields& fields, int64_t num_layers, int64_t ma
   return layer;
 }
 
+CondenseLayer NeuronsFromJson(const Fields& fields, int64_t num_layers, int64_t max_experts) {
+  CondenseLayer layer;
+  layer.layer = static_cast<int32_t>(fields.Integer("layer", 0, num_layers - 1));
+  layer.moe_layer = static_cast<int32_t>(fields.Integer("moe_layer", 0, num_layers - 1));
+  layer.num_experts = fields.Integer("num_experts", 1, 65536);
+  const auto whole = [&](const char* key, int64_t limit) {
+    std::vector<int32_t> numbers;
+    for (const Json& item : fields.List(key)) {
+      if (!item.is_number_integer() || item.get<int64_t>() < 0 || item.get<int64_t>() >= limit) {
+        fields.Fail(key, fmt::format("numbers from 0 to {}", limit - 1));
+      }
+      numbers.push_back(item.get<int32_t>());
+    }
+    return numbers;
+  };
+  layer.neuron_experts = whole("neuron_experts", layer.num_experts);
+  layer.neuron_rows = whole("neuron_rows", int64_t{1} << 26);
+  layer.width_errors = fields.Numbers("width_errors", fields.List("width_errors"));
+  for (const Json& item : fields.List("width_alphas")) {
+    layer.width_alphas.push_back(fields.Numbers("width_alphas", item));
+    if (std::ssize(layer.width_alphas.back()) != layer.num_experts) {
+      fields.Fail("width_alphas", "a number for each expert");
+    }
+  }
+  if (layer.neuron_experts.size() != layer.neuron_rows.size() ||
+      std::ssize(layer.width_errors) != max_experts + 1 ||
+      layer.width_alphas.size() != layer.width_errors.size()) {
+    fields.Fail("width_errors", "numbers for every width, and neurons");
+  }
+  return layer;
+}
+
 }  // namespace
 
 std::optional<double> CondenseLayer::Alpha(int32_t expert) const {
@@ -124,6 +158,16 @@ OrderedJson CondenseStatsToJson(const CondenseStats& stats) {
       js.push_back(step.divergence);
       candidates.push_back(step.candidates);
     }
+    if (stats.method == kNeurons) {
+      layers.push_back({{"layer", layer.layer},
+                        {"moe_layer", layer.moe_layer},
+                        {"num_experts", layer.num_experts},
+                        {"neuron_experts", layer.neuron_experts},
+                        {"neuron_rows", layer.neuron_rows},
+                        {"width_errors", layer.width_errors},
+                        {"width_alphas", layer.width_alphas}});
+      continue;
+    }
     layers.push_back({{"layer", layer.layer},
                       {"moe_layer", layer.moe_layer},
                       {"num_experts", layer.num_experts},
@@ -138,6 +182,7 @@ OrderedJson CondenseStatsToJson(const CondenseStats& stats) {
            {{"fingerprint", stats.model_fingerprint},
             {"model_type", stats.model_type},
             {"num_layers", stats.num_layers}}},
+          {"method", stats.method},
           {"compute", stats.compute},
           {"isa", stats.isa},
           {"max_experts", stats.max_experts},
@@ -160,6 +205,10 @@ CondenseStats CondenseStatsFromJson(const Json& json, const std::string& where) 
   stats.model_fingerprint = model.Text("fingerprint");
   stats.model_type = model.Text("model_type");
   stats.num_layers = model.Integer("num_layers", 1, 4096);
+  stats.method = root.Text("method");
+  if (stats.method != kExperts && stats.method != kNeurons) {
+    root.Fail("method", "cd-moe or condense");
+  }
   stats.compute = root.Text("compute");
   if (stats.compute != "f32" && stats.compute != "auto") root.Fail("compute", "f32 or auto");
   stats.isa = root.Text("isa");
@@ -174,7 +223,9 @@ CondenseStats CondenseStatsFromJson(const Json& json, const std::string& where) 
   stats.alpha_tokens = alpha.Integer("tokens", 0, kMaxCount);
   for (const Json& item : root.List("layers")) {
     const Fields fields(item, fmt::format("{}: layers[{}]", where, stats.layers.size()));
-    stats.layers.push_back(LayerFromJson(fields, stats.num_layers, stats.max_experts));
+    stats.layers.push_back(stats.method == kNeurons
+                               ? NeuronsFromJson(fields, stats.num_layers, stats.max_experts)
+                               : LayerFromJson(fields, stats.num_layers, stats.max_experts));
     const CondenseLayer& last = stats.layers.back();
     if (last.moe_layer != std::ssize(stats.layers) - 1 ||
         (stats.layers.size() > 1 && stats.layers[stats.layers.size() - 2].layer >= last.layer)) {

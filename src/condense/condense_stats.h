@@ -25,6 +25,12 @@ struct CondenseLayer {
   std::vector<double> alpha_sum = {};
   std::vector<int64_t> alpha_count = {};
   std::vector<GreedyStep> steps = {};
+  // --method condense: neurons in the order chosen, as experts and rows of theirs; the error of the
+  // layer with the first w experts' worth of them, relative to its stream, and least-squares
+  // weights of what is chosen of each expert [1 + max_experts][E].
+  std::vector<int32_t> neuron_experts = {}, neuron_rows = {};
+  std::vector<double> width_errors = {};
+  std::vector<std::vector<double>> width_alphas = {};
 
   // The mean weight of an expert; nothing if no token selected it.
   std::optional<double> Alpha(int32_t expert) const;
@@ -35,8 +41,9 @@ struct CondenseLayer {
 struct CondenseStats {
   std::string model_fingerprint, model_type;
   int64_t num_layers = 0;
+  std::string method;  // "cd-moe" or "condense"
   std::string compute, isa;
-  int64_t max_experts = 0;
+  int64_t max_experts = 0;  // of the search; of the width, in experts' worth
   std::vector<std::string> search_sources, alpha_sources;
   std::string search_fingerprint, alpha_fingerprint;
   int64_t search_tokens = 0, alpha_tokens = 0;

@@ -199,6 +199,24 @@ void FeedForwardBlock::RunExpert(const FeedForwardWeights& expert, const float* 
   }
 }
 
+void FeedForwardBlock::RunInner(const FeedForwardWeights& expert, const float* x, int64_t n,
+                                float* inner, int64_t ld) {
+  const int64_t h = config_.hidden_size, width = expert.width();
+  Grow(gate_, kMlpRows * width);
+  Grow(up_, kMlpRows * width);
+  for (int64_t first = 0; first < n; first += kMlpRows) {
+    const int64_t rows = std::min(kMlpRows, n - first);
+    packed_rows_.Pack(x + first * h, rows, h, h, pool_);
+    MatMul(packed_rows_, expert.gate, gate_.data(), width, pool_, precision_);
+    MatMul(packed_rows_, expert.up, up_.data(), width, pool_, precision_);
+    ForRows(pool_, rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        SwiGlu(gate_.data() + i * width, up_.data() + i * width, width, inner + (first + i) * ld);
+      }
+    });
+  }
+}
+
 template <class TokenOf, class WeightOf>
 void FeedForwardBlock::ShowRows(const FeedForwardCall& call, int32_t expert, int64_t rows,
                                 int64_t width, const TokenOf& token_of, const WeightOf& weight_of) {

@@ -40,6 +40,10 @@ class FeedForwardBlock {
   // y [n, hidden_size] = the SwiGLU alone of normed rows x [n, hidden_size].
   void RunExpert(const FeedForwardWeights& expert, const float* x, int64_t n, float* y);
 
+  // inner [n, width] (stride ld) = silu(gate) * up of normed rows x: what the down projection sees.
+  void RunInner(const FeedForwardWeights& expert, const float* x, int64_t n, float* inner,
+                int64_t ld);
+
   // Tokens computed at once: all experts' outputs of a chunk stay within ~64 MiB.
   static int64_t ChunkTokens(const ModelConfig& config, const LayerConfig& layer, bool all_experts);
   // Scratch of the largest layer, for memory plans.

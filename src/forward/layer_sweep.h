@@ -47,6 +47,12 @@ class LayerSweep {
     control_.Poll();
     feed_forward_.RunExpert(expert, x, n, y);
   }
+  // What its down projection multiplies, rows of `ld`.
+  void RunInner(const FeedForwardWeights& expert, const float* x, int64_t n, float* inner,
+                int64_t ld) {
+    control_.Poll();
+    feed_forward_.RunInner(expert, x, n, inner, ld);
+  }
   // Experts are skipped by these thresholds from now on.
   void SetSkipping(const SkipBetas& betas) { feed_forward_.SetSkipping(betas); }
   const SkipCounts& skip_counts() const { return feed_forward_.skip_counts(); }

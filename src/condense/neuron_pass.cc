@@ -1,0 +1,281 @@
+#include "condense/neuron_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "condense/condense_run.h"
+#include "condense/feature_moments.h"
+#include "condense/neuron_choice.h"
+#include "kernels/accumulate.h"
+#include "kernels/elementwise.h"
+#include "kernels/matmul.h"
+
+namespace winnow {
+namespace {
+
+constexpr int64_t kRows = 1024;  // tokens whose features are held at once
+
+// Features of the shared expert that can be a part of the same SwiGLU: without a gate of its own.
+int64_t ForcedFeatures(const ModelConfig& config, const LayerConfig& layer) {
+  return config.shared_expert_gated ? 0 : layer.shared_width;
+}
+int64_t NumFeatures(const ModelConfig& config, const LayerConfig& layer) {
+  return ForcedFeatures(config, layer) + layer.num_experts * layer.expert_width;
+}
+
+// What the tokens of a tile see and put out: input, the output to be replaced, and on request that
+// of every expert.
+class TileCapture : public MoeObserver {
+ public:
+  TileCapture(int64_t hidden, bool whole_output, bool experts)
+      : hidden_(hidden), whole_output_(whole_output), experts_(experts) {}
+  bool WantsExpertOutputs() const override { return experts_; }
+  void Start(int64_t first_token, int64_t num_tokens) {
+    first_ = first_token;
+    input.resize(static_cast<size_t>(num_tokens * hidden_));
+    output.resize(static_cast<size_t>(num_tokens * hidden_));
+  }
+  void OnTokens(const MoeTokens& m) override {
+    const int64_t at = (m.first_token - first_) * hidden_;
+    const auto bytes = static_cast<size_t>(m.num_tokens * hidden_) * sizeof(float);
+    std::memcpy(input.data() + at, m.input, bytes);
+    std::memcpy(output.data() + at, whole_output_ ? m.output : m.routed, bytes);
+    if (!experts_) return;
+    // Sums over tokens of products of expert outputs, relative to the stream behind the layer.
+    const int64_t e = m.num_experts, pairs = e * (e + 1) / 2;
+    gram.resize(static_cast<size_t>(pairs));
+    cross.resize(static_cast<size_t>(e));
+    std::vector<float> row(static_cast<size_t>(pairs)), dots(static_cast<size_t>(e));
+    for (int64_t t = 0; t < m.num_tokens; ++t) {
+      const float* f = m.expert_outputs + t * e * hidden_;
+      const float* z = m.routed + t * hidden_;
+      double stream = 0;
+      for (int64_t i = 0; i < hidden_; ++i) {
+        const double v = static_cast<double>(m.residual[t * hidden_ + i]) +
+                         static_cast<double>(m.output[t * hidden_ + i]);
+        stream += v * v;
+      }
+      const double weight = stream > 0 ? static_cast<double>(hidden_) / stream : 0;
+      GramUpper(f, e, hidden_, hidden_, row.data());
+      AccumulateDouble(gram.data(), weight, row.data(), pairs);
+      for (int64_t i = 0; i < e; ++i) {
+        dots[static_cast<size_t>(i)] = Dot(f + i * hidden_, z, hidden_);
+      }
+      AccumulateDouble(cross.data(), weight, dots.data(), e);
+      square += weight * static_cast<double>(Dot(z, z, hidden_));
+    }
+  }
+  std::vector<float> input, output;
+  std::vector<double> gram, cross;  // upper triangle by rows
+  double square = 0;
+
+ private:
+  int64_t hidden_;
+  bool whole_output_, experts_;
+  int64_t first_ = 0;
+};
+
+class LayerPass {
+ public:
+  LayerPass(const Model& model, int64_t layer, const LayerWeights& weights, int64_t max_width,
+            LayerSweep& sweep, HiddenStates& stream, ThreadPool& pool, const JobControl& control)
+      : config_(model.config()),
+        layer_config_(config_.layers[static_cast<size_t>(layer)]),
+        layer_(layer),
+        weights_(weights),
+        max_width_(max_width),
+        sweep_(sweep),
+        stream_(stream),
+        pool_(pool),
+        control_(control) {}
+
+  CondenseLayer Run() {
+    result_.layer = static_cast<int32_t>(layer_);
+    result_.num_experts = weights_.num_experts();
+    if (NumFeatures(config_, layer_config_) <= kMostFeatures) {
+      Neurons();
+    } else {
+      Experts();
+    }
+    // Relative to the stream behind the layer: each token's weight makes that hidden_size.
+    for (double& error : result_.width_errors) {
+      error /= static_cast<double>(tokens_) * static_cast<double>(config_.hidden_size);
+    }
+    return std::move(result_);
+  }
+
+ private:
+  // The layer itself, tile by tile; body(tile, capture) after each.
+  template <class Body>
+  void ForTiles(TileCapture& capture, const Body& body) {
+    for (const SequenceTile& tile : sweep_.tiles()) {
+      capture.Start(tile.first_token, tile.num_tokens);
+      float* hidden = stream_.Load(tile.first_token, tile.num_tokens);
+      sweep_.RunAttention(weights_, tile, hidden);
+      sweep_.RunFeedForward(
+          weights_, {.layer = layer_, .first_token = tile.first_token, .observer = &capture},
+          tile.num_tokens, hidden);
+      body(tile, hidden);
+      stream_.Store(tile.first_token, tile.num_tokens);
+      sweep_.Advance(layer_, tile.num_tokens);
+      tokens_ += tile.num_tokens;
+    }
+  }
+
+  void Neurons() {
+    const int64_t h = config_.hidden_size, forced = ForcedFeatures(config_, layer_config_);
+    const int64_t m = NumFeatures(config_, layer_config_), width = layer_config_.expert_width;
+    FeatureMoments moments(m, h);
+    TileCapture capture(h, !config_.shared_expert_gated, false);
+    std::vector<float> features(static_cast<size_t>(kRows * m)), weight(kRows);
+    ForTiles(capture, [&](const SequenceTile& tile, const float* after) {
+      for (int64_t first = 0; first < tile.num_tokens; first += kRows) {
+        const int64_t n = std::min(kRows, tile.num_tokens - first);
+        const float* x = capture.input.data() + first * h;
+        if (forced > 0) sweep_.RunInner(weights_.shared, x, n, features.data(), m);
+        for (int64_t e = 0; e < weights_.num_experts(); ++e) {
+          sweep_.RunInner(weights_.experts[static_cast<size_t>(e)], x, n,
+                          features.data() + forced + e * width, m);
+        }
+        for (int64_t t = 0; t < n; ++t) {
+          double norm = 0;
+          for (int64_t i = 0; i < h; ++i) {
+            const auto v = static_cast<double>(after[(first + t) * h + i]);
+            norm += v * v;
+          }
+          weight[static_cast<size_t>(t)] =
+              norm > 0 ? static_cast<float>(static_cast<double>(h) / norm) : 0.0f;
+        }
+        moments.Add(features.data(), capture.output.data() + first * h, weight.data(), n, pool_);
+      }
+    });
+    moments.Finish();
+    Alphas alphas(moments, weights_, forced, width);
+    const NeuronChoice choice = ChooseNeurons(moments, forced, max_width_ * width, pool_, control_);
+    for (const int64_t feature : choice.order) {
+      result_.neuron_experts.push_back(static_cast<int32_t>((feature - forced) / width));
+      result_.neuron_rows.push_back(static_cast<int32_t>((feature - forced) % width));
+    }
+    for (int64_t w = 0; w <= max_width_; ++w) {
+      const auto taken =
+          static_cast<size_t>(std::min<int64_t>(w * width, std::ssize(choice.order)));
+      result_.width_errors.push_back(choice.remaining[taken]);
+      result_.width_alphas.push_back(alphas.Of(std::span(choice.order).first(taken)));
+    }
+  }
+
+  // Least-squares weights of the chosen neurons of each expert with their own down projections.
+  // Keeps what it needs of the moments, which the choice destroys.
+  class Alphas {
+   public:
+    Alphas(const FeatureMoments& moments, const LayerWeights& weights, int64_t forced,
+           int64_t width)
+        : m_(moments.num_features()), h_(moments.hidden()), forced_(forced), width_(width) {
+      gram_.assign(moments.gram(), moments.gram() + m_ * m_);
+      cross_.assign(moments.cross(), moments.cross() + m_ * h_);
+      experts_ = weights.num_experts();
+      down_.resize(static_cast<size_t>(m_ * h_));
+      const auto fill = [&](const FeedForwardWeights& part, int64_t first) {
+        for (int64_t i = 0; i < h_; ++i) {
+          for (int64_t j = 0; j < part.width(); ++j) {
+            down_[static_cast<size_t>((first + j) * h_ + i)] = LoadAsFloat(
+                part.down.dtype, part.down.data, static_cast<size_t>(i * part.width() + j));
+          }
+        }
+      };
+      if (forced > 0) fill(weights.shared, 0);
+      for (int64_t e = 0; e < experts_; ++e) {
+        fill(weights.experts[static_cast<size_t>(e)], forced + e * width);
+      }
+      // The shared expert is no choice: what it puts out is taken from the target.
+      for (int64_t i = 0; i < m_; ++i) {
+        for (int64_t s = 0; s < forced; ++s) {
+          const double g = gram_[static_cast<size_t>(i * m_ + s)];
+          for (int64_t c = 0; c < h_; ++c) {
+            cross_[static_cast<size_t>(i * h_ + c)] -=
+                g * static_cast<double>(down_[static_cast<size_t>(s * h_ + c)]);
+          }
+        }
+      }
+    }
+
+    std::vector<double> Of(std::span<const int64_t> chosen) const {
+      const auto e = static_cast<size_t>(experts_);
+      std::vector<double> gram(e * e), cross(e);
+      for (const int64_t a : chosen) {
+        const auto ea = static_cast<size_t>((a - forced_) / width_);
+        for (int64_t i = 0; i < h_; ++i) {
+          cross[ea] += cross_[static_cast<size_t>(a * h_ + i)] *
+                       static_cast<double>(down_[static_cast<size_t>(a * h_ + i)]);
+        }
+        for (const int64_t b : chosen) {
+          const auto eb = static_cast<size_t>((b - forced_) / width_);
+          gram[ea * e + eb] +=
+              gram_[static_cast<size_t>(a * m_ + b)] *
+              static_cast<double>(Dot(down_.data() + a * h_, down_.data() + b * h_, h_));
+        }
+      }
+      return SolveAlphas(gram, cross);
+    }
+
+   private:
+    int64_t m_, h_, forced_, width_, experts_ = 0;
+    std::vector<double> gram_, cross_;
+    std::vector<float> down_;  // [M, hidden]
+  };
+
+  void Experts() {
+    TileCapture capture(config_.hidden_size, true, true);
+    ForTiles(capture, [](const SequenceTile&, const float*) {});
+    const auto e = static_cast<size_t>(weights_.num_experts());
+    std::vector<double> gram(e * e);
+    size_t at = 0;
+    for (size_t i = 0; i < e; ++i) {
+      for (size_t j = i; j < e; ++j) gram[i * e + j] = gram[j * e + i] = capture.gram[at++];
+    }
+    const ExpertChoice choice = ChooseExperts(gram, capture.cross, capture.square, max_width_);
+    for (const int32_t expert : choice.order) {
+      for (int32_t row = 0; row < layer_config_.expert_width; ++row) {
+        result_.neuron_experts.push_back(expert);
+        result_.neuron_rows.push_back(row);
+      }
+    }
+    result_.width_errors = choice.remaining;
+    result_.width_alphas = choice.alphas;
+    result_.width_errors.resize(static_cast<size_t>(max_width_) + 1, choice.remaining.back());
+    result_.width_alphas.resize(static_cast<size_t>(max_width_) + 1, choice.alphas.back());
+  }
+
+  const ModelConfig& config_;
+  const LayerConfig& layer_config_;
+  const int64_t layer_;
+  const LayerWeights& weights_;
+  const int64_t max_width_;
+  LayerSweep& sweep_;
+  HiddenStates& stream_;
+  ThreadPool& pool_;
+  const JobControl& control_;
+  CondenseLayer result_;
+  int64_t tokens_ = 0;
+};
+
+}  // namespace
+
+CondenseLayer ChooseLayerNeurons(const Model& model, int64_t layer, const LayerWeights& weights,
+                                 int64_t max_width, LayerSweep& sweep, HiddenStates& stream,
+                                 ThreadPool& pool, const JobControl& control) {
+  return LayerPass(model, layer, weights, max_width, sweep, stream, pool, control).Run();
+}
+
+uint64_t NeuronPassBytes(const ModelConfig& config, const LayerConfig& layer, int64_t tile_tokens) {
+  const int64_t m = NumFeatures(config, layer), h = config.hidden_size;
+  const uint64_t tile = 2 * HiddenStates::Bytes(tile_tokens, h);
+  if (m > kMostFeatures) return tile;
+  // The moments, a copy of them for the weights, the features of some tokens, the down projections.
+  return tile + FeatureMoments::Bytes(m, h, kRows) +
+         static_cast<uint64_t>(m * m + m * h) * sizeof(double) +
+         static_cast<uint64_t>((kRows + h) * m) * sizeof(float);
+}
+
+}  // namespace winnow
