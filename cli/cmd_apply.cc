@@ -1,5 +1,6 @@
 // winnow apply: writes the checkpoint a plan describes.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <optional>
 
@@ -68,6 +69,10 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   session.Note(fmt::format("apply: {} -> {} experts, {} -> {}", rewrite.experts_before,
                            rewrite.experts_after, FormatBytes(rewrite.bytes_before),
                            FormatBytes(rewrite.bytes_after)));
+  if (!rewrite.condensed_layers.empty()) {
+    session.Note(fmt::format("apply: layers without a router from now on: {}",
+                             fmt::join(rewrite.condensed_layers, ", ")));
+  }
   std::optional<HealPlan> heal;
   fs::path heal_folder;
   if (flags.heal) {
@@ -85,6 +90,7 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   if (heal) {
     healing = Heal(session, model, plan, *heal, heal_folder);
     options.replacements = &healing.weights;
+    options.refitted_layers = healing.condensed;
     options.changes = healing.card;
     rewrite = PlanRewrite(model, plan, options);
   }

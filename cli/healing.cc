@@ -6,19 +6,27 @@
 
 #include "base/units.h"
 #include "evaluation.h"
+#include "forward/moe_observer.h"
 
 namespace winnow::cli {
 namespace {
 
 HealOptions MakeOptions(Session& session, const Model& model, const CompressionPlan& plan) {
+  std::map<int32_t, std::vector<FusedPart>> condensed;
+  for (const LayerPlan& layer : plan.layers) {
+    if (layer.condensed) condensed[layer.layer] = FusedParts(layer, model.config());
+  }
   return {.kept_experts = KeptExperts(plan, model.config().num_layers()),
+          .condensed = std::move(condensed),
           .compute = session.compute(),
           .memory_budget_bytes = session.memory_budget(),
           .resume = session.flags.resume};
 }
 
 // Every healed matrix in `folder` at its place in the model.
-WeightReplacements FindHealed(const Model& model, const fs::path& folder) {
+WeightReplacements FindHealed(
+    const Model& model, const fs::path& folder,
+    std::map<int32_t, std::shared_ptr<const SafetensorsFile>>& condensed) {
   WeightReplacements weights;
   for (const int32_t layer : model.config().MoeLayers()) {
     const fs::path path = HealedLayerPath(folder, layer);
@@ -33,7 +41,8 @@ WeightReplacements FindHealed(const Model& model, const fs::path& folder) {
     for (size_t e = 0; e < slices.experts.size(); ++e) {
       add(static_cast<int32_t>(e), slices.experts[e].down);
     }
-    if (slices.shared.down.exists()) add(-1, slices.shared.down);
+    if (slices.shared.down.exists()) add(kSharedPart, slices.shared.down);
+    if (file->Find(HealedTensorName(kDensePart)) != nullptr) condensed[layer] = file;
   }
   return weights;
 }
@@ -90,10 +99,11 @@ Healing Heal(Session& session, const Model& model, const CompressionPlan& plan,
   healing.json["nll_healed"] = result.healed.nll;
   healing.json["kept"] = result.improves();
   if (result.improves()) {
-    healing.weights = FindHealed(model, folder);
-    healing.card = fmt::format(
-        "Healed: {} down projections refitted by ridge regression on {} tokens; {}.\n",
-        healing.weights.size(), FormatCount(static_cast<uint64_t>(heal.fit.num_tokens())), summary);
+    healing.weights = FindHealed(model, folder, healing.condensed);
+    healing.card =
+        fmt::format("Healed: {} down projections refitted by ridge regression on {} tokens; {}.\n",
+                    healing.weights.size() + healing.condensed.size(),
+                    FormatCount(static_cast<uint64_t>(heal.fit.num_tokens())), summary);
   } else {
     session.Note("healing did not help here: the experts keep their weights");
     healing.card = fmt::format("Healing was tried and not kept: {}.\n", summary);

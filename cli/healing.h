@@ -16,7 +16,9 @@ namespace winnow::cli {
 struct Healing {
   HealResult result;
   WeightReplacements weights;  // empty if healing did not help
-  std::string card;            // a section of the model card
+  // Of condensed layers, by decoder layer.
+  std::map<int32_t, std::shared_ptr<const SafetensorsFile>> condensed;
+  std::string card;  // a section of the model card
   OrderedJson json;
 };
 

@@ -14,6 +14,7 @@
 #include "checkpoint/safetensors_writer.h"
 #include "forward/layer_sweep.h"
 #include "heal/ridge_refit.h"
+#include "weights/fused_feed_forward.h"
 #include "weights/layer_reader.h"
 
 namespace winnow {
@@ -196,13 +197,30 @@ class Healer {
     judge_.RunLayer(layer, healed, *judge_healed_, nullptr);
   }
 
+  // The layer without its router, as one SwiGLU; its bytes in `fused`.
+  LayerWeights Condense(const LayerWeights& weights, const std::vector<FusedPart>& parts,
+                        FusedFeedForward& fused) const {
+    LayerWeights condensed = weights.Condensed({}, {});
+    if (parts.empty()) return condensed;  // a gated shared expert alone
+    fused = FuseParts(weights, parts, weights.experts.front().gate.dtype);
+    condensed.dense = fused.weights;
+    if (!model_.config().shared_expert_gated) condensed.shared = {};
+    return condensed;
+  }
+
   void HealLayer(int64_t layer, const LayerWeights& weights) {
     std::vector<int32_t> kept = KeptOf(options_, layer);
-    if (kept.empty()) {
+    const auto parts = options_.condensed.find(static_cast<int32_t>(layer));
+    const bool condensed = parts != options_.condensed.end();
+    if (condensed) {
+      kept.clear();
+    } else if (kept.empty()) {
       for (int32_t e = 0; e < weights.num_experts(); ++e) kept.push_back(e);
     }
     AlignedBuffer<std::byte> router_rows;
-    const LayerWeights pruned = weights.WithExperts(kept, router_rows);
+    FusedFeedForward fused;
+    const LayerWeights pruned = condensed ? Condense(weights, parts->second, fused)
+                                          : weights.WithExperts(kept, router_rows);
     HealedWeights changed;
     if (const Json* done = DoneLayer(layer)) {
       AdvanceIntactAndAttention(layer, weights, nullptr);
@@ -214,7 +232,11 @@ class Healer {
     LayerWeights healed = pruned;
     for (size_t i = 0; i < changed.experts.size(); ++i) {
       const int32_t expert = changed.experts[i];
-      if (expert < 0) {
+      if (expert == kDensePart) {
+        healed.dense.down = View(healed.dense.down, changed.down[i]);
+        continue;
+      }
+      if (expert == kSharedPart) {
         healed.shared.down = View(healed.shared.down, changed.down[i]);
         continue;
       }
@@ -284,10 +306,11 @@ class Healer {
     report.skipped_experts = refit.skipped_experts;
     HealedWeights changed;
     for (RefitStep& step : refit.steps) {
-      const bool shared = step.expert < 0;
-      const WeightMatrix& down =
-          shared ? pruned.shared.down : pruned.experts[static_cast<size_t>(step.expert)].down;
-      changed.experts.push_back(shared ? -1 : kept[static_cast<size_t>(step.expert)]);
+      const WeightMatrix& down = step.expert >= 0
+                                     ? pruned.experts[static_cast<size_t>(step.expert)].down
+                                     : DownOf(pruned, step.expert);
+      changed.experts.push_back(step.expert >= 0 ? kept[static_cast<size_t>(step.expert)]
+                                                 : step.expert);
       changed.down.push_back(Changed(down, step.change, pool_));
       step.change = AlignedBuffer<float>();
     }
@@ -298,7 +321,8 @@ class Healer {
   }
 
   static const WeightMatrix& DownOf(const LayerWeights& layer, int32_t expert) {
-    return expert < 0 ? layer.shared.down : layer.experts.front().down;
+    if (expert == kDensePart) return layer.dense.down;
+    return expert == kSharedPart ? layer.shared.down : layer.experts.front().down;
   }
 
   void WriteHealed(int64_t layer, const LayerWeights& pruned, const HealedWeights& changed) const {
@@ -321,12 +345,13 @@ class Healer {
     if (!fs::exists(path)) return changed;
     const SafetensorsFile file = SafetensorsFile::Open(path);
     std::vector<int32_t> experts = kept;
-    experts.push_back(-1);
+    experts.push_back(kSharedPart);
+    experts.push_back(kDensePart);
     for (const int32_t expert : experts) {
       const TensorInfo* tensor = file.Find(HealedTensorName(expert));
       if (tensor == nullptr) continue;
       const WeightMatrix& down = DownOf(pruned, expert);
-      if (tensor->dtype != down.dtype || tensor->bytes != down.bytes()) {
+      if (down.empty() || tensor->dtype != down.dtype || tensor->bytes != down.bytes()) {
         throw ModelError(fmt::format("{}: {} is {}, which is not of this model", path.string(),
                                      tensor->name, tensor->Describe()),
                          "start again with --force");
@@ -349,6 +374,13 @@ class Healer {
     for (const std::vector<int32_t>& kept : options_.kept_experts) {
       fingerprint.Add(std::as_bytes(std::span(kept)));
       fingerprint.Add(uint64_t{kept.size()});
+    }
+    for (const auto& [layer, parts] : options_.condensed) {
+      fingerprint.Add(static_cast<uint64_t>(layer));
+      for (const FusedPart& part : parts) {
+        fingerprint.Add(fmt::format("{} {:a}", part.expert, part.alpha));
+        fingerprint.Add(std::as_bytes(std::span(part.neurons)));
+      }
     }
     fingerprint.Add(options_.compute == ComputePrecision::kF32 ? "f32" : "auto");
     return fingerprint.Hex();
@@ -437,8 +469,16 @@ HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
     const LayerConfig& c = config.layers[static_cast<size_t>(layer)];
     if (!c.is_moe) continue;
     const size_t kept = KeptOf(options, layer).size();
-    const std::vector<int64_t> widths =
+    std::vector<int64_t> widths =
         RefitWidths(c, kept == 0 ? static_cast<size_t>(c.num_experts) : kept);
+    const auto parts = options.condensed.find(static_cast<int32_t>(layer));
+    if (parts != options.condensed.end()) {
+      const int64_t fused = FusedWidth(parts->second, c.expert_width, c.shared_width);
+      widths = {fused};
+      if (config.shared_expert_gated) widths.push_back(c.shared_width);
+      activations = std::max(activations, static_cast<uint64_t>(n) * sizeof(float) *
+                                              static_cast<uint64_t>(fused + c.shared_width));
+    }
     uint64_t down_bytes = 0;
     for (const int64_t width : widths) {
       down_bytes += static_cast<uint64_t>(h) * static_cast<uint64_t>(width) * sizeof(float);
@@ -497,7 +537,8 @@ fs::path HealedLayerPath(const fs::path& folder, int64_t layer) {
 }
 
 std::string HealedTensorName(int32_t expert) {
-  return expert < 0 ? "shared.down" : fmt::format("experts.{}.down", expert);
+  if (expert == kDensePart) return "condensed.down";
+  return expert == kSharedPart ? "shared.down" : fmt::format("experts.{}.down", expert);
 }
 
 }  // namespace winnow

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "base/memory.h"         // MemoryPlan
@@ -20,6 +21,7 @@
 #include "base/thread_pool.h"    // ThreadPool
 #include "eval/perplexity.h"     // PerplexityResult, ScoredWindows
 #include "kernels/matmul.h"      // ComputePrecision
+#include "model/fused_part.h"    // FusedPart
 #include "model/model.h"         // Model
 #include "text/block_builder.h"  // SourceBlocks
 
@@ -28,6 +30,9 @@ namespace winnow {
 struct HealOptions {
   // Survivors of each decoder layer, as the plan says.
   std::vector<std::vector<int32_t>> kept_experts = {};
+  // Layers that lose their router: what each is fused of, by decoder layer. The down projection of
+  // the fused SwiGLU is refitted whole.
+  std::map<int32_t, std::vector<FusedPart>> condensed = {};
   ComputePrecision compute = ComputePrecision::kF32;
   uint64_t memory_budget_bytes = 0;
   bool resume = false;
@@ -69,7 +74,8 @@ HealResult RunHeal(const Model& model, const HealOptions& options, const HealPla
                    const fs::path& folder, ThreadPool& pool, const JobControl& control);
 
 // Files of `folder` and the names of the tensors in them: the down projection of expert `expert` of
-// the original model, or -1 for the shared one, in the checkpoint's own format.
+// the original model, -1 for the shared one or -2 for a condensed layer's, in the checkpoint's own
+// format.
 fs::path HealedLayerPath(const fs::path& folder, int64_t layer);
 std::string HealedTensorName(int32_t expert);
 
