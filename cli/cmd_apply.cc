@@ -18,7 +18,7 @@ namespace {
 
 struct ApplyFlags {
   std::string model, plan, output, dtype;
-  bool heal = false, fuse = false;
+  bool heal = false, fuse = false, stock = false;
   CalibrationFlags calibration;
 };
 
@@ -50,8 +50,10 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   ApplyOptions options;
   options.resume = session.flags.resume;
   if (flags.fuse) options.condensed_form = CondensedForm::kFused;
-  if (flags.fuse && !plan.condenses()) {
-    throw UsageError("--fuse is for plans that condense layers; this one does not", "leave it out");
+  if (flags.stock) options.condensed_form = CondensedForm::kStock;
+  if ((flags.fuse || flags.stock) && !plan.condenses()) {
+    throw UsageError("--fuse and --stock are for plans that condense layers; this one does not",
+                     "leave it out");
   }
   if (flags.dtype == "f32") options.dtype = Dtype::kF32;
   if (flags.dtype == "bf16") options.dtype = Dtype::kBF16;
@@ -134,6 +136,8 @@ void AddApply(CLI::App& app, Session& session) {
                    "Convert the weights: f32, bf16 or f16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   verb->add_flag("--fuse", flags->fuse, "Condensed layers as one dense SwiGLU each, not in parts");
+  verb->add_flag("--stock", flags->stock,
+                 "Condensed layers as the family's own dense layers, where its config can say so");
   verb->add_flag("--heal", flags->heal,
                  "Refit the survivors' down projections on the text of --calib");
   AddCalibrationFlags(*verb, flags->calibration, false);

@@ -298,7 +298,8 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
     const auto refitted = options.refitted_layers.find(layer.layer);
     const bool has_refit = refitted != options.refitted_layers.end();
     BuildCondensedLayer(model, layer, FormOf(layer, options.condensed_form, has_refit),
-                        options.dtype, has_refit ? refitted->second.get() : nullptr,
+                        options.dtype, rewrite.stock_width,
+                        has_refit ? refitted->second.get() : nullptr,
                         CondensedLayerPath(folder, layer.layer));
   }
   Rewriter rewriter(model, rewrite, options, folder, control);

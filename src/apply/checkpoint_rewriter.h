@@ -23,6 +23,7 @@ namespace winnow {
 enum class CondensedForm : uint8_t {
   kParts,  // shared expert and experts as they are, their fixed weights in config.json
   kFused,  // one dense SwiGLU, the weights folded into its down projection
+  kStock,  // the same as a dense layer in the family's own words, filled up to their common width
 };
 
 struct ApplyOptions {
@@ -73,6 +74,7 @@ struct RewritePlan {
   int64_t experts_before = 0, experts_after = 0;  // over all layers
   std::vector<int32_t> condensed_layers;          // decoder indices
   uint64_t largest_built_bytes = 0;               // tensors of one condensed layer
+  int64_t stock_width = 0;                        // of dense layers, with CondensedForm::kStock
 };
 
 // `changes` of the model card: healing, another number format, or nothing.

@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
 #include "weights/fused_feed_forward.h"
@@ -41,12 +44,40 @@ std::vector<std::byte> Converted(const WeightMatrix& matrix, Dtype dtype) {
 
 }  // namespace
 
+int64_t StockWidth(const Model& model, const CompressionPlan& plan) {
+  const ModelConfig& config = model.config();
+  int64_t widest = 0;
+  for (const LayerPlan& layer : plan.layers) {
+    if (layer.condensed) widest = std::max(widest, Width(model, layer));
+  }
+  const bool shared =
+      std::any_of(plan.layers.begin(), plan.layers.end(), [&](const LayerPlan& layer) {
+        return layer.condensed && config.layers[static_cast<size_t>(layer.layer)].shared_width > 0;
+      });
+  if (shared && config.shared_expert_gated) {
+    throw UsageError(
+        "the shared expert has a gate that depends on the token: a condensed layer is no "
+        "plain dense layer, so the family's own config has no words for it",
+        "leave --stock out; --export-code brings code for transformers");
+  }
+  const int64_t width = StockDenseWidth(config, widest);
+  if (widest > width) {
+    throw UsageError(fmt::format("all dense layers have one width in config.json: {} now, and a "
+                                 "condensed layer is {} wide",
+                                 width, widest),
+                     "keep fewer experts in condensed layers, or leave --stock out");
+  }
+  return width;
+}
+
 CondensedForm FormOf(const LayerPlan& layer, CondensedForm asked, bool refitted) {
+  if (asked == CondensedForm::kStock) return asked;
   return refitted || !layer.condensed->neurons.empty() ? CondensedForm::kFused : asked;
 }
 
 std::vector<TensorInfo> CondensedTensors(const Model& model, const LayerPlan& layer,
-                                         CondensedForm form, std::optional<Dtype> dtype) {
+                                         CondensedForm form, std::optional<Dtype> dtype,
+                                         int64_t stock_width) {
   const FamilyTensorNames& names = model.config().family->names;
   const int64_t hidden = model.config().hidden_size;
   const Dtype stored = dtype.value_or(SourceDtype(model, layer));
@@ -57,8 +88,8 @@ std::vector<TensorInfo> CondensedTensors(const Model& model, const LayerPlan& la
     tensors.push_back(Info(model.TensorName(layer.layer, up, expert), stored, width, hidden));
     tensors.push_back(Info(model.TensorName(layer.layer, down, expert), stored, hidden, width));
   };
-  if (form == CondensedForm::kFused) {
-    const int64_t width = Width(model, layer);
+  if (form != CondensedForm::kParts) {
+    const int64_t width = form == CondensedForm::kStock ? stock_width : Width(model, layer);
     if (width > 0) add(names.dense_gate, names.dense_up, names.dense_down, 0, width);
     return tensors;
   }
@@ -72,7 +103,7 @@ std::vector<TensorInfo> CondensedTensors(const Model& model, const LayerPlan& la
 std::vector<std::string> AbsorbedTensors(const Model& model, const LayerPlan& layer,
                                          CondensedForm form) {
   const FeedForwardSlices& shared = model.layers()[static_cast<size_t>(layer.layer)].shared;
-  if (form != CondensedForm::kFused || !shared.gate.exists() ||
+  if (form == CondensedForm::kParts || !shared.gate.exists() ||
       model.config().shared_expert_gated) {
     return {};
   }
@@ -88,8 +119,8 @@ CondensedLayer CondensedConfig(const Model& model, const LayerPlan& layer, Conde
 }
 
 void BuildCondensedLayer(const Model& model, const LayerPlan& layer, CondensedForm form,
-                         std::optional<Dtype> dtype, const SafetensorsFile* refitted_down,
-                         const fs::path& path) {
+                         std::optional<Dtype> dtype, int64_t stock_width,
+                         const SafetensorsFile* refitted_down, const fs::path& path) {
   // Experts in the order of the plan; read ascending, which is what the reader takes.
   LayerReaderOptions reading{.prefetch = false};
   reading.kept_experts.resize(static_cast<size_t>(model.config().num_layers()));
@@ -101,18 +132,18 @@ void BuildCondensedLayer(const Model& model, const LayerPlan& layer, CondensedFo
   const auto place = [&](int32_t expert) {
     return std::lower_bound(layer.kept.begin(), layer.kept.end(), expert) - layer.kept.begin();
   };
-  const std::vector<TensorInfo> infos = CondensedTensors(model, layer, form, dtype);
+  const std::vector<TensorInfo> infos = CondensedTensors(model, layer, form, dtype, stock_width);
   std::vector<TensorData> tensors;
   std::vector<std::vector<std::byte>> storage;
   FusedFeedForward fused;
   std::vector<const WeightMatrix*> matrices;
-  if (form == CondensedForm::kFused) {
+  if (form != CondensedForm::kParts) {
     std::vector<FusedPart> parts = FusedParts(layer, model.config());
     for (FusedPart& part : parts) {
       if (part.expert != FusedPart::kShared) part.expert = static_cast<int32_t>(place(part.expert));
     }
     if (!parts.empty()) {
-      fused = FuseParts(weights, parts, dtype.value_or(SourceDtype(model, layer)));
+      fused = FuseParts(weights, parts, dtype.value_or(SourceDtype(model, layer)), stock_width);
       matrices = {&fused.weights.gate, &fused.weights.up, &fused.weights.down};
     }
   } else {
@@ -127,14 +158,28 @@ void BuildCondensedLayer(const Model& model, const LayerPlan& layer, CondensedFo
   WeightMatrix down;
   if (refitted_down != nullptr && matrices.size() == 3) {
     const TensorInfo& tensor = refitted_down->Get(kRefittedDown);
-    if (tensor.shape != infos[2].shape || !IsComputeDtype(tensor.dtype)) {
+    const auto width = static_cast<uint64_t>(Width(model, layer));
+    if (tensor.shape != std::vector<uint64_t>{infos[2].shape[0], width} ||
+        !IsComputeDtype(tensor.dtype)) {
       throw ModelError(fmt::format("{}: {} is {}, which is not of this model",
                                    refitted_down->path().string(), tensor.name, tensor.Describe()),
                        "start again with --force");
     }
     refitted = AlignedBuffer<std::byte>(static_cast<size_t>(tensor.bytes));
     refitted_down->Read(tensor, refitted.span());
-    down = {refitted.data(), matrices[2]->rows, matrices[2]->cols, tensor.dtype};
+    down = {refitted.data(), matrices[2]->rows, static_cast<int64_t>(width), tensor.dtype};
+    if (width < infos[2].shape[1]) {  // filled up with zeros
+      AlignedBuffer<std::byte> wide(static_cast<size_t>(tensor.bytes / width * infos[2].shape[1]));
+      std::memset(wide.data(), 0, wide.size());
+      const size_t row_bytes = static_cast<size_t>(tensor.bytes / infos[2].shape[0]);
+      const size_t wide_bytes = wide.size() / static_cast<size_t>(infos[2].shape[0]);
+      for (size_t r = 0; r < infos[2].shape[0]; ++r) {
+        std::memcpy(wide.data() + r * wide_bytes, refitted.data() + r * row_bytes, row_bytes);
+      }
+      refitted = std::move(wide);
+      down.data = refitted.data();
+      down.cols = static_cast<int64_t>(infos[2].shape[1]);
+    }
     matrices[2] = &down;
   }
   storage.resize(matrices.size());

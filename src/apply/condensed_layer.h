@@ -15,9 +15,14 @@ namespace winnow {
 
 // Whether single neurons or a refit need the fused form, whatever was asked for.
 CondensedForm FormOf(const LayerPlan& layer, CondensedForm asked, bool refitted);
-// Name, dtype and shape of what takes the place of the layer's router and experts.
+// The width of all condensed layers of a plan in the family's own form. UsageError where it has
+// none.
+int64_t StockWidth(const Model& model, const CompressionPlan& plan);
+// Name, dtype and shape of what takes the place of the layer's router and experts. `stock_width` is
+// of CondensedForm::kStock.
 std::vector<TensorInfo> CondensedTensors(const Model& model, const LayerPlan& layer,
-                                         CondensedForm form, std::optional<Dtype> dtype);
+                                         CondensedForm form, std::optional<Dtype> dtype,
+                                         int64_t stock_width);
 // Tensors of the source that the fused form takes in: the shared expert's, if it has no gate.
 std::vector<std::string> AbsorbedTensors(const Model& model, const LayerPlan& layer,
                                          CondensedForm form);
@@ -27,8 +32,8 @@ CondensedLayer CondensedConfig(const Model& model, const LayerPlan& layer, Conde
 // Builds the tensors into `path`, by rename. `refitted_down` replaces the fused down projection,
 // which is of the source's dtype (null: as the plan says).
 void BuildCondensedLayer(const Model& model, const LayerPlan& layer, CondensedForm form,
-                         std::optional<Dtype> dtype, const SafetensorsFile* refitted_down,
-                         const fs::path& path);
+                         std::optional<Dtype> dtype, int64_t stock_width,
+                         const SafetensorsFile* refitted_down, const fs::path& path);
 // The tensor of a file with a refitted layer.
 inline constexpr const char* kRefittedDown = "condensed.down";
 fs::path CondensedLayerPath(const fs::path& folder, int32_t layer);

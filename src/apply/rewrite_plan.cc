@@ -18,6 +18,7 @@ class Planner {
         kept_(KeptExperts(plan, model.config().num_layers())),
         betas_(SkipBetasOf(plan, model.config().num_layers())),
         target_(plan.target) {
+    if (options.condensed_form == CondensedForm::kStock) stock_width_ = StockWidth(model, plan);
     for (const LayerPlan& layer : plan.layers) {
       if (!layer.condensed) continue;
       Condensed condensed{&layer, FormOf(layer, options.condensed_form, IsRefitted(layer.layer))};
@@ -58,11 +59,12 @@ class Planner {
       out.experts_after += std::ssize(condensed.plan->kept);
     }
     WriteConfig(out);
+    out.stock_width = stock_width_;
     for (const auto& [layer, condensed] : condensed_) {
       out.condensed_layers.push_back(layer);
       uint64_t bytes = 0;
-      for (const TensorInfo& tensor :
-           CondensedTensors(model_, *condensed.plan, condensed.form, options_.dtype)) {
+      for (const TensorInfo& tensor : CondensedTensors(model_, *condensed.plan, condensed.form,
+                                                       options_.dtype, stock_width_)) {
         bytes += tensor.bytes;
       }
       out.largest_built_bytes = std::max(out.largest_built_bytes, bytes);
@@ -84,7 +86,7 @@ class Planner {
     if (condensed.placed) return;
     condensed.placed = true;
     for (TensorInfo& info :
-         CondensedTensors(model_, *condensed.plan, condensed.form, options_.dtype)) {
+         CondensedTensors(model_, *condensed.plan, condensed.form, options_.dtype, stock_width_)) {
       OutputTensor output;
       output.source_dtype = info.dtype;
       output.info = std::move(info);
@@ -213,7 +215,17 @@ class Planner {
     for (const auto& [layer, of] : condensed_) {
       condensed.push_back(CondensedConfig(model_, *of.plan, of.form));
     }
-    config = ConfigWithCondensedLayers(config, condensed);
+    if (stock_width_ > 0) {
+      std::vector<int32_t> layers;
+      for (const auto& [layer, of] : condensed_) layers.push_back(layer);
+      if (uneven) {
+        throw UsageError("layers keep different numbers of experts: no family's own config says so",
+                         "keep the same in each layer that is not condensed, or leave --stock out");
+      }
+      config = ConfigWithDenseLayers(config, model_.config(), layers, stock_width_);
+    } else {
+      config = ConfigWithCondensedLayers(config, condensed);
+    }
     // Thresholds hold among the experts they were measured among.
     const bool pruned = out.experts_after < out.experts_before;
     if (!betas_.empty() || pruned || !condensed_.empty()) config = ConfigWithBetas(config, betas_);
@@ -231,6 +243,7 @@ class Planner {
   std::vector<std::vector<int32_t>> kept_;
   std::vector<double> betas_;
   std::string target_;
+  int64_t stock_width_ = 0;
   std::map<int32_t, Condensed> condensed_;   // by decoder layer
   std::map<std::string, int32_t> absorbed_;  // tensors that fused layers take in
 };

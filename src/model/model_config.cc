@@ -454,6 +454,62 @@ OrderedJson ConfigWithCondensedLayers(const OrderedJson& config,
   return edited;
 }
 
+int64_t StockDenseWidth(const ModelConfig& parsed, int64_t widest) {
+  for (const LayerConfig& layer : parsed.layers) {
+    if (!layer.is_moe && !layer.is_condensed) return layer.dense_width;
+  }
+  return widest;
+}
+
+OrderedJson ConfigWithDenseLayers(const OrderedJson& config, const ModelConfig& parsed,
+                                  const std::vector<int32_t>& layers, int64_t dense_width) {
+  OrderedJson edited = config;
+  const std::string type(parsed.family->model_type);
+  const auto is_dense = [&](int64_t layer) {
+    return !parsed.layers[static_cast<size_t>(layer)].is_moe ||
+           std::find(layers.begin(), layers.end(), layer) != layers.end();
+  };
+  if (config.contains(kCondensedLayers)) {
+    throw UsageError("the model has condensed layers in Winnow's own form already",
+                     "condense the original model");
+  }
+  switch (parsed.family->moe_layers) {
+    case MoeLayerRule::kEveryLayer:
+      throw UsageError(
+          fmt::format("a {} model has experts in every layer: its config cannot say that "
+                      "a layer is dense",
+                      type),
+          "leave --stock out; --export-code brings code for transformers");
+    case MoeLayerRule::kSparseStep: {
+      OrderedJson& list = edited["mlp_only_layers"];
+      std::vector<int64_t> dense;
+      if (list.is_array()) dense = list.get<std::vector<int64_t>>();
+      dense.insert(dense.end(), layers.begin(), layers.end());
+      std::sort(dense.begin(), dense.end());
+      dense.erase(std::unique(dense.begin(), dense.end()), dense.end());
+      list = dense;
+      break;
+    }
+    case MoeLayerRule::kFirstDense: {
+      int64_t first = 0;
+      while (first < parsed.num_layers() && is_dense(first)) ++first;
+      for (int64_t layer = first; layer < parsed.num_layers(); ++layer) {
+        if (is_dense(layer)) {
+          throw UsageError(
+              fmt::format("the config of a {} model can say that its first layers are dense, but "
+                          "not layer {} after layer {}",
+                          type, layer, first),
+              "condense the first MoE layers (--moe-layers 0,1,..), or leave --stock out");
+        }
+      }
+      edited["first_k_dense_replace"] = first;
+      break;
+    }
+  }
+  edited["intermediate_size"] = dense_width;
+  return edited;
+}
+
 OrderedJson ConfigWithExpertsPerLayer(const OrderedJson& config, const Family& family,
                                       const std::vector<int64_t>& num_experts) {
   OrderedJson edited =

@@ -92,6 +92,14 @@ OrderedJson ConfigWithExpertsPerLayer(const OrderedJson& config, const Family& f
 OrderedJson ConfigWithCondensedLayers(const OrderedJson& config,
                                       const std::vector<CondensedLayer>& layers);
 
+// The config with `layers` (decoder indices that have experts now) as ordinary dense layers of
+// `dense_width`, in the family's own words. UsageError, with the reason, where it has none for it.
+OrderedJson ConfigWithDenseLayers(const OrderedJson& config, const ModelConfig& parsed,
+                                  const std::vector<int32_t>& layers, int64_t dense_width);
+// The width that all dense layers of the family's own form must have: of those there are, else
+// `widest`.
+int64_t StockDenseWidth(const ModelConfig& parsed, int64_t widest);
+
 // The config of the same model with `num_experts` experts in every MoE layer: the family's key and
 // every alias that is present are edited, everything else is kept in its order.
 OrderedJson ConfigWithExperts(const OrderedJson& config, const Family& family, int64_t num_experts);

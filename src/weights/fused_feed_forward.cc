@@ -1,5 +1,7 @@
 #include "weights/fused_feed_forward.h"
 
+#include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -39,16 +41,19 @@ uint64_t FusedBytes(int64_t hidden, int64_t width, Dtype dtype) {
                     static_cast<uint64_t>(width) * (DtypeBits(dtype) / 8), "a condensed layer");
 }
 
-FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart> parts,
-                           Dtype dtype) {
+FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart> parts, Dtype dtype,
+                           int64_t padded_width) {
   int64_t width = 0, hidden = 0;
   for (const FusedPart& part : parts) {
     const FeedForwardWeights& source = Source(layer, part);
     width += part.neurons.empty() ? source.width() : std::ssize(part.neurons);
     hidden = source.gate.cols;
   }
+  const bool padded = padded_width > width;
+  width = std::max(width, padded_width);
   FusedFeedForward fused;
   fused.storage = AlignedBuffer<std::byte>(static_cast<size_t>(FusedBytes(hidden, width, dtype)));
+  if (padded) std::memset(fused.storage.data(), 0, fused.storage.size());
   const size_t matrix_bytes = fused.storage.size() / 3;
   std::byte* const gate = fused.storage.data();
   std::byte* const up = gate + matrix_bytes;

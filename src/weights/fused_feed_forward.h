@@ -18,9 +18,10 @@ struct FusedFeedForward {
   FeedForwardWeights weights;  // into storage
 };
 
-// In `dtype` (F32, F16 or BF16), rounded to nearest.
-FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart> parts,
-                           Dtype dtype);
+// In `dtype` (F32, F16 or BF16), rounded to nearest. Neurons of zeros, which do nothing, fill up to
+// `padded_width`.
+FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart> parts, Dtype dtype,
+                           int64_t padded_width = 0);
 // Width of the result, and its bytes.
 int64_t FusedWidth(std::span<const FusedPart> parts, int64_t expert_width, int64_t shared_width);
 uint64_t FusedBytes(int64_t hidden, int64_t width, Dtype dtype);

@@ -1,0 +1,251 @@
+// The choice of neurons against least squares worked out by brute force.
+#include "condense/neuron_choice.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "condense/test_support.h"
+
+namespace winnow {
+namespace {
+
+struct Data {
+  int64_t n = 0, m = 0, h = 0;
+  std::vector<float> features, target, weight;
+};
+
+Data MakeData(int64_t n, int64_t m, int64_t h, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  Data data{n, m, h, {}, {}, {}};
+  std::vector<float> truth(static_cast<size_t>(m * h));
+  for (float& value : truth) value = normal(random);
+  for (int64_t j = 0; j < m; ++j) {  // neurons of very different importance
+    for (int64_t i = 0; i < h; ++i)
+      truth[static_cast<size_t>(j * h + i)] /= static_cast<float>(1 + (j * 7) % m);
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    data.weight.push_back(0.1f + std::abs(normal(random)));
+    std::vector<float> row(static_cast<size_t>(m));
+    for (int64_t j = 0; j < m; ++j) {
+      row[static_cast<size_t>(j)] =
+          normal(random) + (j > 0 ? 0.5f * row[static_cast<size_t>(j - 1)] : 0.3f);
+      data.features.push_back(row[static_cast<size_t>(j)]);
+    }
+    for (int64_t i = 0; i < h; ++i) {
+      float y = 0.2f * normal(random) + 1;
+      for (int64_t j = 0; j < m; ++j)
+        y += row[static_cast<size_t>(j)] * truth[static_cast<size_t>(j * h + i)];
+      data.target.push_back(y);
+    }
+  }
+  return data;
+}
+
+// The least weighted error of an affine map of some features plus the choice's damping: normal
+// equations of centred moments, solved by Gauss-Jordan.
+double LeastError(const Data& data, const std::vector<int64_t>& features, double damping) {
+  const size_t k = features.size();
+  const auto at = [&](int64_t t, size_t f) {
+    return static_cast<double>(data.features[static_cast<size_t>(t * data.m + features[f])]);
+  };
+  double total = 0;
+  std::vector<double> mean(k), target_mean(static_cast<size_t>(data.h));
+  for (int64_t t = 0; t < data.n; ++t) {
+    const double w = data.weight[static_cast<size_t>(t)];
+    total += w;
+    for (size_t f = 0; f < k; ++f) mean[f] += w * at(t, f);
+    for (int64_t i = 0; i < data.h; ++i) {
+      target_mean[static_cast<size_t>(i)] +=
+          w * static_cast<double>(data.target[static_cast<size_t>(t * data.h + i)]);
+    }
+  }
+  for (double& v : mean) v /= total;
+  for (double& v : target_mean) v /= total;
+  double error = 0;
+  std::vector<double> a(k * k), b(k * static_cast<size_t>(data.h));
+  for (int64_t t = 0; t < data.n; ++t) {
+    const double w = data.weight[static_cast<size_t>(t)];
+    for (int64_t i = 0; i < data.h; ++i) {
+      const double y = static_cast<double>(data.target[static_cast<size_t>(t * data.h + i)]) -
+                       target_mean[static_cast<size_t>(i)];
+      error += w * y * y;
+      for (size_t f = 0; f < k; ++f)
+        b[f * static_cast<size_t>(data.h) + static_cast<size_t>(i)] += w * (at(t, f) - mean[f]) * y;
+    }
+    for (size_t f = 0; f < k; ++f) {
+      for (size_t g = 0; g < k; ++g)
+        a[f * k + g] += w * (at(t, f) - mean[f]) * (at(t, g) - mean[g]);
+    }
+  }
+  for (size_t f = 0; f < k; ++f) a[f * k + f] += damping;
+  const std::vector<double> cross = b;
+  for (size_t p = 0; p < k; ++p) {
+    for (size_t r = 0; r < k; ++r) {
+      if (r == p) continue;
+      const double factor = a[r * k + p] / a[p * k + p];
+      for (size_t c = 0; c < k; ++c) a[r * k + c] -= factor * a[p * k + c];
+      for (size_t i = 0; i < static_cast<size_t>(data.h); ++i) {
+        b[r * static_cast<size_t>(data.h) + i] -= factor * b[p * static_cast<size_t>(data.h) + i];
+      }
+    }
+  }
+  for (size_t f = 0; f < k; ++f) {
+    for (size_t i = 0; i < static_cast<size_t>(data.h); ++i) {
+      error -= cross[f * static_cast<size_t>(data.h) + i] * b[f * static_cast<size_t>(data.h) + i] /
+               a[f * k + f];
+    }
+  }
+  return error;
+}
+
+FeatureMoments MomentsOf(const Data& data, ThreadPool& pool, int64_t rows_a_call) {
+  FeatureMoments moments(data.m, data.h);
+  std::vector<float> features = data.features, target = data.target;
+  for (int64_t first = 0; first < data.n; first += rows_a_call) {
+    const int64_t rows = std::min(rows_a_call, data.n - first);
+    moments.Add(features.data() + first * data.m, target.data() + first * data.h,
+                data.weight.data() + first, rows, pool);
+  }
+  moments.Finish();
+  return moments;
+}
+
+TEST(FeatureMoments, AreTheWeightedSums) {
+  const Data data = MakeData(40, 300, 5, 3);  // wider than a panel of products
+  ThreadPool pool(2);
+  const FeatureMoments moments = MomentsOf(data, pool, 16);
+  double worst = 0;
+  for (int64_t i = 0; i < data.m; i += 13) {
+    for (int64_t j = 0; j < data.m; j += 17) {
+      double sum = 0, magnitude = 0;
+      for (int64_t t = 0; t < data.n; ++t) {
+        const double term =
+            static_cast<double>(data.weight[static_cast<size_t>(t)]) *
+            static_cast<double>(data.features[static_cast<size_t>(t * data.m + i)]) *
+            static_cast<double>(data.features[static_cast<size_t>(t * data.m + j)]);
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      worst = std::max(worst, std::abs(moments.gram()[i * data.m + j] - sum) / magnitude);
+    }
+  }
+  // Two roundings of the root of the weight, one of each product: a few units of f32.
+  EXPECT_LT(worst, 1e-6);
+}
+
+TEST(NeuronChoice, EveryStepTakesTheNeuronThatLeavesLeast) {
+  const Data data = MakeData(400, 14, 3, 5);
+  ThreadPool pool(2);
+  for (const int64_t forced : {0, 3}) {
+    FeatureMoments moments = MomentsOf(data, pool, 400);
+    double trace = 0;
+    const double n = moments.weight_sum();
+    for (int64_t i = 0; i < data.m; ++i) {
+      const double s = moments.feature_sum()[static_cast<size_t>(i)];
+      trace += moments.gram()[i * data.m + i] - s * s / n;
+    }
+    const double damping = 1e-3 * trace / static_cast<double>(data.m);
+    const NeuronChoice choice = ChooseNeurons(moments, forced, 6, pool, {});
+    ASSERT_EQ(choice.order.size(), 6u);
+    ASSERT_EQ(choice.remaining.size(), 7u);
+    std::vector<int64_t> taken;
+    for (int64_t i = 0; i < forced; ++i) taken.push_back(i);
+    const double start = LeastError(data, taken, damping);
+    EXPECT_NEAR(choice.remaining[0], start, 1e-4 * start);
+    for (size_t s = 0; s < choice.order.size(); ++s) {
+      double least = 1e300;
+      int64_t best = -1;
+      for (int64_t f = 0; f < data.m; ++f) {
+        if (std::find(taken.begin(), taken.end(), f) != taken.end()) continue;
+        std::vector<int64_t> with = taken;
+        with.push_back(f);
+        const double error = LeastError(data, with, damping);
+        if (error < least) {
+          least = error;
+          best = f;
+        }
+      }
+      EXPECT_EQ(choice.order[s], best) << "step " << s;
+      // The moments come from f32 products.
+      EXPECT_NEAR(choice.remaining[s + 1], least, 1e-4 * start);
+      taken.push_back(choice.order[s]);
+    }
+  }
+}
+
+TEST(NeuronChoice, DependentNeuronsEndQuietly) {
+  Data data = MakeData(100, 8, 2, 9);
+  for (int64_t t = 0; t < data.n; ++t) {  // copies of the first, and nothing
+    for (int64_t j = 1; j < data.m; ++j) {
+      data.features[static_cast<size_t>(t * data.m + j)] =
+          j % 2 == 0 ? 0.0f : data.features[static_cast<size_t>(t * data.m)];
+    }
+  }
+  ThreadPool pool(1);
+  FeatureMoments moments = MomentsOf(data, pool, 100);
+  const NeuronChoice choice = ChooseNeurons(moments, 0, 8, pool, {});
+  EXPECT_EQ(choice.order.size(), 8u);
+  for (const double error : choice.remaining) EXPECT_TRUE(std::isfinite(error));
+}
+
+TEST(ExpertChoice, SolvesLeastSquaresOfWholeExperts) {
+  // Three outputs in four dimensions, one token: f0 and f1 orthogonal, f2 a copy of f0.
+  const std::vector<double> gram = {4, 0, 4, 0, 1, 0, 4, 0, 4};
+  const std::vector<double> cross = {8, 3, 8};  // z = 2 f0 + 3 f1
+  const ExpertChoice choice = ChooseExperts(gram, cross, 25, 2);
+  EXPECT_EQ(choice.order, (std::vector<int32_t>{0, 1}));
+  EXPECT_NEAR(choice.remaining[1], 9, 1e-4);
+  EXPECT_NEAR(choice.remaining[2], 0, 1e-4);
+  // The ridge of 1e-6 of the mean diagonal.
+  EXPECT_NEAR(choice.alphas[2][0], 2, 1e-5);
+  EXPECT_NEAR(choice.alphas[2][1], 3, 1e-4);
+  EXPECT_EQ(choice.alphas[2][2], 0);
+}
+
+// The whole of observe --method condense, for families with and without a shared expert, gated or
+// not: the same bytes for any number of threads, errors that fall with width, different neurons.
+class NeuronPass : public testing::TestWithParam<const char*> {};
+
+TEST_P(NeuronPass, ChoosesForEveryFamily) {
+  const Model model = Model::Open(GoldenFolder(GetParam()));
+  const TestFolder folder;
+  SourceBlocks source;
+  source.name = "ids";
+  const TokenSet tokens = GoldenTokens(GetParam());
+  source.sequences = {tokens.ids, tokens.offsets};
+  std::vector<CondenseStats> runs;
+  for (const int threads : {1, 3}) {
+    const CondenseOptions options{
+        .method = CondenseMethod::kNeurons, .max_experts = 2, .memory_budget_bytes = kAmpleBudget};
+    const CondensePlan plan = PlanCondense(model, {source}, {}, options, threads);
+    ThreadPool pool(threads);
+    runs.push_back(
+        RunCondense(model, options, plan, folder.path() / std::to_string(threads), pool, {}));
+  }
+  ExpectSameContent(folder.path() / "1", folder.path() / "3");
+  EXPECT_EQ(CondenseStatsToJson(ReadCondenseStats(folder.path() / "1")),
+            CondenseStatsToJson(runs[0]));
+  for (const CondenseLayer& layer : runs[0].layers) {
+    ASSERT_EQ(layer.width_errors.size(), 3u);
+    EXPECT_GT(layer.width_errors[0], layer.width_errors[1]);
+    EXPECT_GT(layer.width_errors[1], layer.width_errors[2]);
+    std::vector<std::pair<int32_t, int32_t>> neurons;
+    for (size_t i = 0; i < layer.neuron_rows.size(); ++i) {
+      neurons.emplace_back(layer.neuron_experts[i], layer.neuron_rows[i]);
+    }
+    std::sort(neurons.begin(), neurons.end());
+    EXPECT_EQ(std::adjacent_find(neurons.begin(), neurons.end()), neurons.end());
+    EXPECT_EQ(std::ssize(neurons),
+              2 * model.config().layers[static_cast<size_t>(layer.layer)].expert_width);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Golden, NeuronPass,
+                         testing::Values("mixtral", "olmoe", "qwen2_moe", "qwen3_moe-bf16",
+                                         "deepseek-bf16"),
+                         TestName);
+
+}  // namespace
+}  // namespace winnow
