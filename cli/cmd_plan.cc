@@ -1,5 +1,6 @@
 // winnow plan: from statistics to a decision per layer.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
@@ -9,6 +10,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "condensing.h"
+#include "mixing.h"
 #include "plan/loader_target.h"
 #include "planning.h"
 #include "pruning.h"
@@ -23,6 +25,8 @@ struct PlanFlags {
   int64_t keep = 0, floor = 0;
   double ratio = 0, active = 0, max_error = 0, quantile = 0;
   CondenseChoice condense;
+  MixChoice mixed;
+  CalibrationFlags calibration;
   std::string layer_order, moe_layers;
   int64_t width = -1;
   bool compare = false, curve = false, no_guard = false, all_tokens = false;
@@ -89,6 +93,13 @@ std::vector<int32_t> ParseLayerList(const std::string& text) {
   return layers;
 }
 
+// Where streams go that the budget does not hold.
+std::string SpillFolder(const PlanFlags& flags) {
+  const fs::path folder =
+      flags.output.empty() ? fs::temp_directory_path() : fs::absolute(flags.output).parent_path();
+  return folder.string();
+}
+
 int PlanCondensing(Session& session, PlanFlags& flags) {
   if (flags.objective != "unsquared" || flags.search != "auto" || flags.budget != "uniform" ||
       flags.floor > 0 || flags.no_guard || flags.all_tokens || !flags.mix.empty() ||
@@ -135,6 +146,37 @@ int PlanCondensing(Session& session, PlanFlags& flags) {
   return WritePlan(session, flags, MakeCondensingPlan(session, flags.stats, choice, "winnow"));
 }
 
+int PlanMix(Session& session, PlanFlags& flags) {
+  if (flags.objective != "unsquared" || flags.search != "auto" || flags.budget != "uniform" ||
+      flags.floor > 0 || flags.no_guard || flags.keep > 0 || flags.ratio > 0 || flags.compare ||
+      flags.curve || flags.active > 0 || flags.max_error > 0 || flags.quantile > 0 ||
+      flags.condense.experts >= 0 || flags.width >= 0 || flags.condense.layers > 0 ||
+      !flags.moe_layers.empty() || !flags.layer_order.empty()) {
+    throw UsageError(
+        "--method mix takes --with, --model, --mix, and --total or --size",
+        "how many experts each layer keeps and which are condensed is what it decides");
+  }
+  flags.mixed.model = flags.condense.model;
+  flags.mixed.spill_folder = SpillFolder(flags);
+  if (flags.mixed.neuron_stats.empty() || flags.mixed.model.empty() ||
+      (flags.mixed.total > 0) == !flags.mixed.size.empty()) {
+    throw UsageError("give --with NEURON_STATS, --model MODEL, and one of --total N and --size S",
+                     "NEURON_STATS come from observe --method condense; N counts experts over all "
+                     "layers");
+  }
+  if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
+  const StatsInfo info = ReadWeighedStats(session, flags.stats, flags.mix, flags.all_tokens);
+  std::vector<SourceBlocks> calibration;
+  if (!flags.calibration.sources.empty()) {
+    const Model model = Model::Open(flags.mixed.model);
+    calibration = LoadCalibration(session, model, flags.mixed.model, flags.calibration);
+  }
+  const fs::path work =
+      fs::path(flags.mixed.spill_folder) / fmt::format(".winnow-mix-{}", ::getpid());
+  return WritePlan(session, flags,
+                   MakeMixedPlan(session, flags.stats, info, flags.mixed, calibration, work));
+}
+
 // The number of survivors of E experts that --keep or --ratio asks for.
 int64_t SurvivorsOf(Session& session, const PlanFlags& flags, int64_t experts) {
   if (flags.keep > 0) return flags.keep;
@@ -167,6 +209,15 @@ int PlanWithoutText(Session& session, const PlanFlags& flags) {
 
 int RunPlan(Session& session, PlanFlags& flags) {
   if (flags.method == "cd-moe" || flags.method == "condense") return PlanCondensing(session, flags);
+  if (flags.method == "mix") return PlanMix(session, flags);
+  if (!flags.calibration.sources.empty()) {
+    throw UsageError("plan works from statistics; --calib is of --method mix alone",
+                     "it heals what it compares there");
+  }
+  if (!flags.mixed.neuron_stats.empty() || flags.mixed.total > 0 || !flags.mixed.size.empty()) {
+    throw UsageError("--with, --total and --size belong to --method mix",
+                     "--keep or --ratio say how many experts stay");
+  }
   if (flags.condense.experts >= 0 || flags.condense.layers > 0 || !flags.moe_layers.empty() ||
       !flags.condense.model.empty() || !flags.layer_order.empty() || flags.width >= 0) {
     throw UsageError(
@@ -250,10 +301,20 @@ void AddPlan(CLI::App& app, Session& session) {
       ->check(NumberFromTo(0.001, 0.999));
   verb->add_flag("--curve", flags->curve,
                  "Show the loss of every number of survivors; write nothing");
-  verb->add_option("--method", flags->method,
-                   "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
-                   "reap, man, msan, easy-ep, aimer, leave-one-out), naee-skip: skip experts\n"
-                   "at run time, cd-moe or condense: condense layers (observed with the same)");
+  verb->add_option(
+      "--method", flags->method,
+      "naee (least loss of the output), a score (frequency, seer, ean, weighted-ean,\n"
+      "reap, man, msan, easy-ep, aimer, leave-one-out), naee-skip: skip experts\n"
+      "at run time, cd-moe or condense: condense layers (observed with the same), or mix:\n"
+      "prune some layers and condense others");
+  verb->add_option("--with", flags->mixed.neuron_stats,
+                   "mix: statistics of observe --method condense, beside full ones");
+  verb->add_option("--total", flags->mixed.total,
+                   "mix: experts left over all layers, condensed ones by their width")
+      ->check(WholeNumberFrom(1));
+  verb->add_option("--size", flags->mixed.size, "mix: what the weights may take, e.g. 9G");
+  flags->calibration.blocks.blocks_per_document = 1;
+  AddCalibrationFlags(*verb, flags->calibration, false);
   verb->add_option("--experts", flags->condense.experts,
                    "cd-moe: experts a condensed layer keeps beside the shared one; 0: none")
       ->check(WholeNumberFrom(0));

@@ -49,23 +49,6 @@ CondensePlanOfLayer NeuronsOf(const CondenseLayer& layer, int64_t width, int64_t
   return condensed;
 }
 
-// What a layer becomes, as the plan says it.
-CondensePlanOfLayer CondenseLayerOf(const CondenseStats& stats, const CondenseLayer& layer,
-                                    int64_t experts, const ModelConfig& config) {
-  if (stats.method == "condense") {
-    return NeuronsOf(layer, experts, config.layers[static_cast<size_t>(layer.layer)].expert_width);
-  }
-  CondensePlanOfLayer condensed;
-  for (int32_t e = 0; e < layer.num_experts; ++e) condensed.alphas.push_back(layer.Alpha(e));
-  for (int64_t i = 0; i < experts; ++i) {
-    const GreedyStep& step = layer.steps[static_cast<size_t>(i)];
-    condensed.experts.push_back(step.chosen);
-    condensed.divergence.push_back(step.divergence);
-    condensed.candidates.push_back(step.candidates);
-  }
-  return condensed;
-}
-
 void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const Model& model) {
   const int64_t num_layers = std::ssize(stats.layers);
   if (choice.experts > stats.max_experts) {
@@ -97,25 +80,6 @@ void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const
   }
 }
 
-// The weights of a layer as a plan would leave it.
-CondensedWeights Condensed(CondensePlanOfLayer condensed, int32_t layer, const LayerWeights& intact,
-                           const Model& model) {
-  if (condensed.neurons.empty() && (condensed.experts.empty() || !condensed.divergence.empty())) {
-    std::vector<float> alphas;
-    for (const double alpha : AlphasOf(condensed)) alphas.push_back(static_cast<float>(alpha));
-    return {intact.Condensed(condensed.experts, alphas), {}};
-  }
-  LayerPlan plan;
-  plan.layer = layer;
-  plan.condensed = std::move(condensed);
-  FusedFeedForward fused =
-      FuseParts(intact, FusedParts(plan, model.config()), intact.experts.front().gate.dtype);
-  CondensedWeights result{intact.Condensed({}, {}), std::move(fused.storage)};
-  result.weights.dense = fused.weights;
-  if (!model.config().shared_expert_gated) result.weights.shared = {};
-  return result;
-}
-
 int ReportNeurons(Session& session, const CondenseStats& stats, const std::string& output,
                   double seconds) {
   std::string table =
@@ -145,6 +109,40 @@ int ReportNeurons(Session& session, const CondenseStats& stats, const std::strin
 }
 
 }  // namespace
+
+CondensedWeights CondensedWeightsOf(CondensePlanOfLayer condensed, int32_t layer,
+                                    const LayerWeights& intact, const Model& model) {
+  if (condensed.neurons.empty() && (condensed.experts.empty() || !condensed.divergence.empty())) {
+    std::vector<float> alphas;
+    for (const double alpha : AlphasOf(condensed)) alphas.push_back(static_cast<float>(alpha));
+    return {intact.Condensed(condensed.experts, alphas), {}};
+  }
+  LayerPlan plan;
+  plan.layer = layer;
+  plan.condensed = std::move(condensed);
+  FusedFeedForward fused =
+      FuseParts(intact, FusedParts(plan, model.config()), intact.experts.front().gate.dtype);
+  CondensedWeights result{intact.Condensed({}, {}), std::move(fused.storage)};
+  result.weights.dense = fused.weights;
+  if (!model.config().shared_expert_gated) result.weights.shared = {};
+  return result;
+}
+
+CondensePlanOfLayer CondensedOf(const CondenseStats& stats, const CondenseLayer& layer,
+                                int64_t experts, const ModelConfig& config) {
+  if (stats.method == "condense") {
+    return NeuronsOf(layer, experts, config.layers[static_cast<size_t>(layer.layer)].expert_width);
+  }
+  CondensePlanOfLayer condensed;
+  for (int32_t e = 0; e < layer.num_experts; ++e) condensed.alphas.push_back(layer.Alpha(e));
+  for (int64_t i = 0; i < experts; ++i) {
+    const GreedyStep& step = layer.steps[static_cast<size_t>(i)];
+    condensed.experts.push_back(step.chosen);
+    condensed.divergence.push_back(step.divergence);
+    condensed.candidates.push_back(step.candidates);
+  }
+  return condensed;
+}
 
 int ObserveCondense(Session& session, const std::string& model_folder,
                     const CalibrationFlags& calibration, const CondenseFlags& flags,
@@ -266,8 +264,8 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
     session.RequireMemory(search.memory, "plan");
     const CondenseWeights condense = [&](int64_t moe_layer, const LayerWeights& intact) {
       const CondenseLayer& layer = stats.layers[static_cast<size_t>(moe_layer)];
-      return Condensed(CondenseLayerOf(stats, layer, choice.experts, model.config()), layer.layer,
-                       intact, model);
+      return CondensedWeightsOf(CondensedOf(stats, layer, choice.experts, model.config()),
+                                layer.layer, intact, model);
     };
     if (choice.kl) {
       plan.search = fmt::format("{}, each layer alone by KL of the logits", what);
@@ -301,7 +299,7 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
     entry.moe_layer = layer.moe_layer;
     entry.num_experts = layer.num_experts;
     if (std::find(chosen.begin(), chosen.end(), layer.moe_layer) != chosen.end()) {
-      entry.condensed = CondenseLayerOf(stats, layer, choice.experts, model.config());
+      entry.condensed = CondensedOf(stats, layer, choice.experts, model.config());
       entry.kept = entry.condensed->experts;
       std::sort(entry.kept.begin(), entry.kept.end());
     } else {

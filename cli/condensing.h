@@ -6,6 +6,7 @@
 
 #include "calibration.h"
 #include "condense/condense_run.h"
+#include "condense/layer_search.h"
 #include "plan/compression_plan.h"
 #include "session.h"
 
@@ -21,6 +22,14 @@ struct CondenseFlags {
 int ObserveCondense(Session& session, const std::string& model_folder,
                     const CalibrationFlags& calibration, const CondenseFlags& flags,
                     const std::string& output);
+
+// What a layer becomes with so many experts, or experts' worth of neurons, as a plan says it.
+CondensePlanOfLayer CondensedOf(const CondenseStats& stats, const CondenseLayer& layer,
+                                int64_t experts, const ModelConfig& config);
+
+// The weights of a layer as that plan would leave it.
+CondensedWeights CondensedWeightsOf(CondensePlanOfLayer condensed, int32_t layer,
+                                    const LayerWeights& intact, const Model& model);
 
 struct CondenseChoice {
   std::string model;                // --model

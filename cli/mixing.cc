@@ -1,0 +1,241 @@
+#include "mixing.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+#include "apply/checkpoint_rewriter.h"
+#include "base/error.h"
+#include "base/units.h"
+#include "condensing.h"
+#include "healing.h"
+#include "methods/layer_budget.h"
+#include "methods/naee_search.h"
+#include "observe/layer_stats.h"
+
+namespace winnow::cli {
+namespace {
+
+// What healing leaves of a pruned layer's squared error: 0.43 to 0.53 on sample-deepseek, where the
+// nll of healed models was compared with the errors planned (docs/METHODS.md). A condensed layer's
+// error is after its refit already.
+constexpr double kHealedShare = 0.45;
+// Tokens on which the layers' weights are measured.
+constexpr int64_t kSensitivityTokens = 12288;
+
+// Experts' worth over all layers that fit a size.
+int64_t TotalWithin(const Model& model, const StatsInfo& info, const std::string& size) {
+  const uint64_t bytes = ParseBytes(size, "--size");
+  uint64_t rest = model.checkpoint().total_bytes();
+  int64_t experts = 0;
+  for (const StatsLayer& layer : info.layers) {
+    rest -= std::min(rest, layer.expert_bytes * static_cast<uint64_t>(layer.num_experts));
+    experts += layer.num_experts;
+  }
+  const uint64_t each = info.layers.front().expert_bytes;
+  if (bytes < rest + each) {
+    throw UsageError(
+        fmt::format("--size {}: {} of the weights are not in experts", size, FormatBytes(rest)),
+        "give a larger size");
+  }
+  return std::min(experts, static_cast<int64_t>((bytes - rest) / std::max<uint64_t>(each, 1)));
+}
+
+void CheckMix(const StatsInfo& info, const CondenseStats& neurons, const Model& model) {
+  CheckCondenseStats(neurons, model);
+  if (neurons.method != "condense") {
+    throw UsageError("--with takes statistics of observe --method condense",
+                     "observe the model with --method condense");
+  }
+  if (info.model_fingerprint != neurons.model_fingerprint) {
+    throw UsageError("the two statistics are of different models", "observe the same model twice");
+  }
+  if (info.level != StatsLevel::kFull || info.progressive_keep) {
+    throw UsageError("--method mix needs full statistics, not progressive ones",
+                     "observe with --stats full");
+  }
+  for (const StatsLayer& layer : info.layers) {
+    if (!layer.as_if_kept.empty()) {
+      throw UsageError("--method mix plans for the model as it is", "observe without --plan");
+    }
+  }
+}
+
+// Sequences spread over the whole text, about so many tokens of them.
+TokenSet Thinned(const TokenSet& tokens, int64_t target) {
+  TokenSet some;
+  const int64_t every = std::max<int64_t>(1, tokens.num_tokens() / target);
+  for (int64_t s = 0; s < tokens.num_sequences(); s += every) {
+    some.Append(std::span(tokens.ids)
+                    .subspan(static_cast<size_t>(tokens.offsets[static_cast<size_t>(s)]),
+                             static_cast<size_t>(tokens.length(s))));
+  }
+  return some;
+}
+
+// How much an error of each layer moves the next-token distribution: KL of the logits with that
+// layer condensed to a sixth of its experts, by the error that leaves of its stream.
+std::vector<double> Sensitivities(Session& session, const Model& model,
+                                  const CondenseStats& neurons, const MixChoice& choice) {
+  const TokenSet tokens = Thinned(ReadSearchTokens(choice.neuron_stats), kSensitivityTokens);
+  const auto width_of = [&](const CondenseLayer& layer) {
+    return std::min(neurons.max_experts, std::max<int64_t>(1, layer.num_experts / 6));
+  };
+  const LayerSearchOptions options{.compute = session.compute(),
+                                   .memory_budget_bytes = session.memory_budget(),
+                                   .spill_folder = choice.spill_folder};
+  const LayerSearchPlan plan =
+      PlanLayerSearch(model, tokens, options, session.pool().num_threads());
+  session.RequireMemory(plan.memory, "plan");
+  const CondenseWeights condense = [&](int64_t moe_layer, const LayerWeights& intact) {
+    const CondenseLayer& layer = neurons.layers[static_cast<size_t>(moe_layer)];
+    return CondensedWeightsOf(CondensedOf(neurons, layer, width_of(layer), model.config()),
+                              layer.layer, intact, model);
+  };
+  std::vector<double> sensitivities =
+      SingleLayerKl(model, tokens, condense, options, plan, session.pool(), session.control());
+  session.FinishProgress();
+  for (size_t i = 0; i < sensitivities.size(); ++i) {
+    const CondenseLayer& layer = neurons.layers[i];
+    const double error = layer.width_errors[static_cast<size_t>(width_of(layer))];
+    sensitivities[i] = error > 0 ? std::max(sensitivities[i], 0.0) / error : 0.0;
+  }
+  return sensitivities;
+}
+
+// What the decision rests on.
+struct MixInput {
+  const StatsInfo& info;
+  CondenseStats neurons;
+  int64_t total = 0;
+  std::vector<double> sensitivities = {};
+  std::vector<std::vector<NaeeSet>> curves = {};
+};
+// Factors of the errors of pruned and of condensed layers; infinite: not at all.
+struct MixWeights {
+  double pruning = 1, condensing = 1;
+};
+
+MixInput GatherMix(Session& session, const fs::path& stats, const StatsInfo& info,
+                   const MixChoice& choice, const Model& model) {
+  MixInput input{.info = info, .neurons = ReadCondenseStats(choice.neuron_stats)};
+  CheckMix(info, input.neurons, model);
+  input.total = choice.total > 0 ? choice.total : TotalWithin(model, info, choice.size);
+  NaeeOptions options{.keep = info.num_experts_per_tok};
+  options.memory_budget_bytes = RequirePlanMemory(session, info, options);
+  input.sensitivities = Sensitivities(session, model, input.neurons, choice);
+  for (size_t i = 0; i < info.layers.size(); ++i) {
+    const StatsLayer& layer = info.layers[i];
+    const LayerStatsReader records(stats, info, layer);
+    input.curves.push_back(NaeeCurve(records, info, layer,
+                                     {NaeeObjective::kStream, options.memory_budget_bytes, {}},
+                                     info.num_experts_per_tok, session.pool(), session.control()));
+    ReportPlanned(session, info, i);
+  }
+  return input;
+}
+
+CompressionPlan DecideMix(const MixInput& input, const MixWeights& weights, const Model& model) {
+  const StatsInfo& info = input.info;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  std::vector<std::vector<double>> pruned, costs;
+  for (size_t i = 0; i < info.layers.size(); ++i) {
+    const StatsLayer& layer = info.layers[i];
+    const auto counts = static_cast<size_t>(layer.num_experts) + 1;
+    pruned.emplace_back(counts, kInfinity);
+    pruned.back().back() = 0;
+    for (const NaeeSet& set : input.curves[i]) {
+      const double error = set.weight > 0 ? set.loss / set.weight : 0.0;
+      if (weights.pruning < kInfinity) {
+        pruned.back()[set.kept.size()] = input.sensitivities[i] * weights.pruning * error;
+      }
+    }
+    costs.push_back(pruned.back());
+    const std::vector<double>& widths = input.neurons.layers[i].width_errors;
+    const bool shared = model.config().layers[static_cast<size_t>(layer.layer)].shared_width > 0;
+    const size_t most = weights.condensing < kInfinity ? std::min(counts, widths.size()) : 0;
+    for (size_t w = shared ? 0 : 1; w < most; ++w) {
+      costs.back()[w] =
+          std::min(costs.back()[w], input.sensitivities[i] * weights.condensing * widths[w]);
+    }
+  }
+  const std::vector<int64_t> left = DivideSurvivors(costs, input.total);
+  CompressionPlan plan;
+  plan.method = "mix";
+  plan.search = "least error for its bytes, layer by layer";
+  plan.objective = "error of the stream times its effect on the logits";
+  plan.model_type = info.model_type;
+  plan.model_fingerprint = info.model_fingerprint;
+  plan.target = "winnow";
+  plan.sources = SourceNames(info);
+  plan.calibration_tokens = info.num_tokens();
+  plan.bytes_before = model.checkpoint().total_bytes();
+  for (size_t i = 0; i < info.layers.size(); ++i) {
+    const StatsLayer& layer = info.layers[i];
+    const auto count = static_cast<size_t>(left[i]);
+    LayerPlan entry;
+    entry.layer = layer.layer;
+    entry.moe_layer = static_cast<int32_t>(i);
+    entry.num_experts = layer.num_experts;
+    entry.loss = costs[i][count];
+    if (costs[i][count] < pruned[i][count]) {
+      entry.condensed =
+          CondensedOf(input.neurons, input.neurons.layers[i], left[i], model.config());
+      entry.kept = entry.condensed->experts;
+    } else if (left[i] == layer.num_experts) {
+      entry.kept = OtherExperts({}, layer.num_experts);
+    } else {
+      entry.kept = input.curves[i].at(static_cast<size_t>(layer.num_experts - 1 - left[i])).kept;
+    }
+    entry.dropped = OtherExperts(entry.kept, layer.num_experts);
+    plan.layers.push_back(std::move(entry));
+  }
+  plan.bytes_after = PlanRewrite(model, plan, {}).bytes_after;
+  return plan;
+}
+
+}  // namespace
+
+CompressionPlan MakeMixedPlan(Session& session, const fs::path& stats, const StatsInfo& info,
+                              const MixChoice& choice, const std::vector<SourceBlocks>& calibration,
+                              const fs::path& work) {
+  const Model model = Model::Open(choice.model);
+  const MixInput input = GatherMix(session, stats, info, choice, model);
+  if (calibration.empty()) return DecideMix(input, {kHealedShare, 1}, model);
+  // Errors predict the nll of neither kind exactly: what each weighing gives is healed, and the one
+  // with the least nll on sequences that no fit has seen is taken.
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  struct Candidate {
+    const char* name;
+    MixWeights weights;
+  };
+  std::optional<CompressionPlan> best;
+  double least = kNever;
+  for (const Candidate& candidate : {Candidate{"the mix", {kHealedShare, 1}},
+                                     Candidate{"a mix that condenses more", {2 * kHealedShare, 1}},
+                                     Candidate{"pruning alone", {kHealedShare, kNever}},
+                                     Candidate{"condensing alone", {kNever, 1}}}) {
+    std::optional<CompressionPlan> plan;
+    try {
+      plan = DecideMix(input, candidate.weights, model);
+    } catch (const UsageError&) {
+      continue;  // this kind alone cannot fill the budget
+    }
+    const HealPlan heal = PrepareHeal(session, model, *plan, calibration);
+    const Healing healing = Heal(session, model, *plan, heal, work);
+    const double nll = std::min(healing.result.healed.nll, healing.result.pruned.nll);
+    session.Note(fmt::format("{}: nll {:.4f} healed, intact {:.4f}", candidate.name, nll,
+                             healing.result.intact.nll));
+    if (nll < least) {
+      least = nll;
+      best = std::move(plan);
+      best->search = fmt::format("{}, confirmed by nll after healing", candidate.name);
+    }
+  }
+  fs::remove_all(work);
+  return best.value();
+}
+
+}  // namespace winnow::cli
