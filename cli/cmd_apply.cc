@@ -18,7 +18,7 @@ namespace {
 
 struct ApplyFlags {
   std::string model, plan, output, dtype;
-  bool heal = false, fuse = false, stock = false;
+  bool heal = false, fuse = false, stock = false, export_code = false;
   CalibrationFlags calibration;
 };
 
@@ -49,6 +49,7 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   const Model model = Model::Open(flags.model);
   ApplyOptions options;
   options.resume = session.flags.resume;
+  options.export_code = flags.export_code;
   if (flags.fuse) options.condensed_form = CondensedForm::kFused;
   if (flags.stock) options.condensed_form = CondensedForm::kStock;
   if ((flags.fuse || flags.stock) && !plan.condenses()) {
@@ -137,7 +138,11 @@ void AddApply(CLI::App& app, Session& session) {
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   verb->add_flag("--fuse", flags->fuse, "Condensed layers as one dense SwiGLU each, not in parts");
   verb->add_flag("--stock", flags->stock,
-                 "Condensed layers as the family's own dense layers, where its config can say so");
+                 "Condensed layers as the family's own dense layers, where its config can say so")
+      ->excludes(fuse);
+  verb->add_flag("--export-code", flags->export_code,
+                 "Add modeling_winnow.py, with which transformers loads what it does not know\n"
+                 "(trust_remote_code)");
   verb->add_flag("--heal", flags->heal,
                  "Refit the survivors' down projections on the text of --calib");
   AddCalibrationFlags(*verb, flags->calibration, false);

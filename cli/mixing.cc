@@ -99,7 +99,7 @@ std::vector<double> Sensitivities(Session& session, const Model& model,
   session.FinishProgress();
   for (size_t i = 0; i < sensitivities.size(); ++i) {
     const CondenseLayer& layer = neurons.layers[i];
-    const double error = layer.width_errors[static_cast<size_t>(width_of(layer))];
+    const double error = layer.width_fold_errors[static_cast<size_t>(width_of(layer))];
     sensitivities[i] = error > 0 ? std::max(sensitivities[i], 0.0) / error : 0.0;
   }
   return sensitivities;

@@ -74,6 +74,8 @@ check "NAEE sample" "$share_worst" "$python" "$c/naee.py" "$WINNOW" "$data/model
 if [ -n "$with_transformers" ]; then
   step "torch and transformers" install_python torch transformers
   check "transformers" "$logits_worst" "$python" tools/roundtrip_transformers.py --winnow "$WINNOW"
+  check "exported modelling code" "$logits_worst" "$python" tools/export_code_check.py --winnow "$WINNOW" \
+    --golden "$data/golden/models"
 fi
 if [ $failed = 0 ]; then echo "verify: all agree"; else echo "verify: something differs (logs in build/logs)"; fi
 exit $failed

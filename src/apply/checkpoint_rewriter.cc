@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "apply/condensed_layer.h"
+#include "apply/export_code.h"
 #include "apply/model_card.h"
 #include "base/error.h"
 #include "base/hash.h"
@@ -309,6 +310,7 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
     fs::copy_file(model.checkpoint().folder() / file, folder / file,
                   fs::copy_options::overwrite_existing);
   }
+  if (options.export_code) WriteFileAtomically(folder / kModelingFileName, ModelingCode());
   WriteFileAtomically(folder / "config.json", rewrite.config_json);
   if (!rewrite.index_json.empty()) {
     WriteFileAtomically(folder / "model.safetensors.index.json", rewrite.index_json);

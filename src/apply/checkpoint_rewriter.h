@@ -37,6 +37,7 @@ struct ApplyOptions {
   std::string changes = {};
   std::optional<Dtype> dtype = {};  // convert every F32/F16/BF16 tensor
   bool resume = false;
+  bool export_code = false;  // modelling code for transformers goes with it (export_code.h)
 };
 
 // A run of bytes of one source tensor, or of what replaces it.

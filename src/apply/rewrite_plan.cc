@@ -4,6 +4,7 @@
 
 #include "apply/checkpoint_rewriter.h"
 #include "apply/condensed_layer.h"
+#include "apply/export_code.h"
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
 
@@ -235,6 +236,7 @@ class Planner {
                                                            : "float16";
       config[config.contains("dtype") ? "dtype" : "torch_dtype"] = name;
     }
+    if (options_.export_code) config = ConfigWithModelingCode(config);
     out.config_json = config.dump(2) + "\n";
   }
 

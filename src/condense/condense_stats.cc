@@ -126,6 +126,7 @@ CondenseLayer NeuronsFromJson(const Fields& fields, int64_t num_layers, int64_t 
   layer.neuron_experts = whole("neuron_experts", layer.num_experts);
   layer.neuron_rows = whole("neuron_rows", int64_t{1} << 26);
   layer.width_errors = fields.Numbers("width_errors", fields.List("width_errors"));
+  layer.width_fold_errors = fields.Numbers("width_fold_errors", fields.List("width_fold_errors"));
   for (const Json& item : fields.List("width_alphas")) {
     layer.width_alphas.push_back(fields.Numbers("width_alphas", item));
     if (std::ssize(layer.width_alphas.back()) != layer.num_experts) {
@@ -134,6 +135,7 @@ CondenseLayer NeuronsFromJson(const Fields& fields, int64_t num_layers, int64_t 
   }
   if (layer.neuron_experts.size() != layer.neuron_rows.size() ||
       std::ssize(layer.width_errors) != max_experts + 1 ||
+      layer.width_fold_errors.size() != layer.width_errors.size() ||
       layer.width_alphas.size() != layer.width_errors.size()) {
     fields.Fail("width_errors", "numbers for every width, and neurons");
   }
@@ -165,6 +167,7 @@ OrderedJson CondenseStatsToJson(const CondenseStats& stats) {
                         {"neuron_experts", layer.neuron_experts},
                         {"neuron_rows", layer.neuron_rows},
                         {"width_errors", layer.width_errors},
+                        {"width_fold_errors", layer.width_fold_errors},
                         {"width_alphas", layer.width_alphas}});
       continue;
     }

@@ -30,6 +30,8 @@ struct CondenseLayer {
   // weights of what is chosen of each expert [1 + max_experts][E].
   std::vector<int32_t> neuron_experts = {}, neuron_rows = {};
   std::vector<double> width_errors = {};
+  // The same with those weights alone, before any refit of the down projections.
+  std::vector<double> width_fold_errors = {};
   std::vector<std::vector<double>> width_alphas = {};
 
   // The mean weight of an expert; nothing if no token selected it.

@@ -139,6 +139,17 @@ std::vector<double> SolveAlphas(std::span<const double> gram, std::span<const do
   return alphas;
 }
 
+double ErrorOfAlphas(std::span<const double> gram, std::span<const double> cross,
+                     double target_square, std::span<const double> alphas) {
+  const size_t n = cross.size();
+  double error = target_square;
+  for (size_t i = 0; i < n; ++i) {
+    error -= 2 * alphas[i] * cross[i];
+    for (size_t j = 0; j < n; ++j) error += alphas[i] * gram[i * n + j] * alphas[j];
+  }
+  return std::max(error, 0.0);
+}
+
 ExpertChoice ChooseExperts(std::span<const double> gram, std::span<const double> cross,
                            double target_square, int64_t count) {
   const size_t n = cross.size();

@@ -39,5 +39,8 @@ ExpertChoice ChooseExperts(std::span<const double> gram, std::span<const double>
 // z_g is the output of group g with its own down projection. gram [G, G] and cross [G] as above;
 // groups whose diagonal is 0 get 0.
 std::vector<double> SolveAlphas(std::span<const double> gram, std::span<const double> cross);
+// The error with weights `alphas`: target_square - 2 alphas . cross + alphas . gram alphas.
+double ErrorOfAlphas(std::span<const double> gram, std::span<const double> cross,
+                     double target_square, std::span<const double> alphas);
 
 }  // namespace winnow

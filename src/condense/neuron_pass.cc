@@ -99,8 +99,10 @@ class LayerPass {
       Experts();
     }
     // Relative to the stream behind the layer: each token's weight makes that hidden_size.
-    for (double& error : result_.width_errors) {
-      error /= static_cast<double>(tokens_) * static_cast<double>(config_.hidden_size);
+    for (std::vector<double>* errors : {&result_.width_errors, &result_.width_fold_errors}) {
+      for (double& error : *errors) {
+        error /= static_cast<double>(tokens_) * static_cast<double>(config_.hidden_size);
+      }
     }
     return std::move(result_);
   }
@@ -161,7 +163,9 @@ class LayerPass {
       const auto taken =
           static_cast<size_t>(std::min<int64_t>(w * width, std::ssize(choice.order)));
       result_.width_errors.push_back(choice.remaining[taken]);
-      result_.width_alphas.push_back(alphas.Of(std::span(choice.order).first(taken)));
+      double fold_error = 0;
+      result_.width_alphas.push_back(alphas.Of(std::span(choice.order).first(taken), fold_error));
+      result_.width_fold_errors.push_back(fold_error);
     }
   }
 
@@ -189,6 +193,18 @@ class LayerPass {
         fill(weights.experts[static_cast<size_t>(e)], forced + e * width);
       }
       // The shared expert is no choice: what it puts out is taken from the target.
+      target_square_ = moments.target_square();
+      for (int64_t s = 0; s < forced; ++s) {
+        const float* row = down_.data() + s * h_;
+        for (int64_t c = 0; c < h_; ++c) {
+          target_square_ -=
+              2 * cross_[static_cast<size_t>(s * h_ + c)] * static_cast<double>(row[c]);
+        }
+        for (int64_t r = 0; r < forced; ++r) {
+          target_square_ += gram_[static_cast<size_t>(s * m_ + r)] *
+                            static_cast<double>(Dot(row, down_.data() + r * h_, h_));
+        }
+      }
       for (int64_t i = 0; i < m_; ++i) {
         for (int64_t s = 0; s < forced; ++s) {
           const double g = gram_[static_cast<size_t>(i * m_ + s)];
@@ -200,7 +216,7 @@ class LayerPass {
       }
     }
 
-    std::vector<double> Of(std::span<const int64_t> chosen) const {
+    std::vector<double> Of(std::span<const int64_t> chosen, double& error) const {
       const auto e = static_cast<size_t>(experts_);
       std::vector<double> gram(e * e), cross(e);
       for (const int64_t a : chosen) {
@@ -216,13 +232,16 @@ class LayerPass {
               static_cast<double>(Dot(down_.data() + a * h_, down_.data() + b * h_, h_));
         }
       }
-      return SolveAlphas(gram, cross);
+      std::vector<double> alphas = SolveAlphas(gram, cross);
+      error = ErrorOfAlphas(gram, cross, target_square_, alphas);
+      return alphas;
     }
 
    private:
     int64_t m_, h_, forced_, width_, experts_ = 0;
     std::vector<double> gram_, cross_;
-    std::vector<float> down_;  // [M, hidden]
+    std::vector<float> down_;   // [M, hidden]
+    double target_square_ = 0;  // of the output without the shared expert's
   };
 
   void Experts() {
@@ -243,6 +262,8 @@ class LayerPass {
     }
     result_.width_errors = choice.remaining;
     result_.width_alphas = choice.alphas;
+    result_.width_fold_errors = choice.remaining;
+    result_.width_fold_errors.resize(static_cast<size_t>(max_width_) + 1, choice.remaining.back());
     result_.width_errors.resize(static_cast<size_t>(max_width_) + 1, choice.remaining.back());
     result_.width_alphas.resize(static_cast<size_t>(max_width_) + 1, choice.alphas.back());
   }
