@@ -136,7 +136,8 @@ void AddApply(CLI::App& app, Session& session) {
   verb->add_option("--dtype", flags->dtype,
                    "Convert the weights: f32, bf16 or f16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
-  verb->add_flag("--fuse", flags->fuse, "Condensed layers as one dense SwiGLU each, not in parts");
+  CLI::Option* fuse = verb->add_flag("--fuse", flags->fuse,
+                                     "Condensed layers as one dense SwiGLU each, not in parts");
   verb->add_flag("--stock", flags->stock,
                  "Condensed layers as the family's own dense layers, where its config can say so")
       ->excludes(fuse);

@@ -76,7 +76,7 @@ TokenSet Thinned(const TokenSet& tokens, int64_t target) {
 }
 
 // How much an error of each layer moves the next-token distribution: KL of the logits with that
-// layer condensed to a sixth of its experts, by the error that leaves of its stream.
+// layer condensed to a sixth of its experts, not refitted, by the error that leaves of its stream.
 std::vector<double> Sensitivities(Session& session, const Model& model,
                                   const CondenseStats& neurons, const MixChoice& choice) {
   const TokenSet tokens = Thinned(ReadSearchTokens(choice.neuron_stats), kSensitivityTokens);
