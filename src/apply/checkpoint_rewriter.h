@@ -33,6 +33,8 @@ struct SourceRange {
   uint64_t offset = 0;
   uint64_t bytes = 0;
   const WeightReplacements::Place* replacement = nullptr;
+
+  Dtype dtype() const { return replacement != nullptr ? replacement->dtype : tensor->dtype; }
 };
 
 struct OutputTensor {

@@ -90,6 +90,7 @@ class Planner {
     SourceRange range{&tensor, offset, bytes};
     if (options_.replacements != nullptr) {
       range.replacement = options_.replacements->Find(tensor, offset);
+      if (range.replacement != nullptr) range.bytes = range.replacement->bytes;
     }
     return range;
   }

@@ -9,12 +9,16 @@ namespace winnow {
 void WeightReplacements::Add(const TensorSlice& slice, std::shared_ptr<const SafetensorsFile> file,
                              const std::string& name) {
   const TensorInfo& tensor = file->Get(name);
-  if (tensor.dtype != slice.tensor->dtype || tensor.bytes != slice.bytes()) {
-    throw ModelError(fmt::format("{}: tensor {} is {}, expected {} bytes of {}",
-                                 file->path().string(), name, tensor.Describe(), slice.bytes(),
+  const bool same = tensor.dtype == slice.tensor->dtype;
+  const uint64_t elements = slice.bytes() * 8 / DtypeBits(slice.tensor->dtype);
+  if ((!same && !(IsComputeDtype(tensor.dtype) && IsComputeDtype(slice.tensor->dtype))) ||
+      tensor.bytes * 8 / DtypeBits(tensor.dtype) != elements) {
+    throw ModelError(fmt::format("{}: tensor {} is {}, expected {} elements of {}",
+                                 file->path().string(), name, tensor.Describe(), elements,
                                  DtypeName(slice.tensor->dtype)));
   }
-  places_[{slice.tensor, slice.offset_bytes}] = {file.get(), tensor.file_offset, tensor.bytes};
+  places_[{slice.tensor, slice.offset_bytes}] = {file.get(), tensor.file_offset, tensor.bytes,
+                                                 tensor.dtype};
   const SafetensorsFile* key = file.get();
   files_.emplace(key, std::move(file));
 }

@@ -42,12 +42,12 @@ void StreamStore::Store(int64_t level, int64_t first, int64_t count, const float
 }
 
 struct BatchPass::Teacher {
-  Teacher(const Model& model, const PassOptions& options, ThreadPool& pool)
-      : model(model),
-        reader(model, {.prefetch = options.prefetch, .keep_resident = options.resident}),
-        layer(model.config(), pool, options.compute),
+  Teacher(const Model& teacher, const PassOptions& options, ThreadPool& pool)
+      : model(teacher),
+        reader(teacher, {.prefetch = options.prefetch, .keep_resident = options.resident}),
+        layer(teacher.config(), pool, options.compute),
         stream(options.spill_folder.empty() ? fs::path{} : options.spill_folder / "teacher.spill"),
-        norm(LoadVector(model, model.final_norm())) {}
+        norm(LoadVector(teacher, teacher.final_norm())) {}
   const Model& model;
   LayerReader reader;
   LayerGradient layer;

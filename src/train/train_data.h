@@ -29,7 +29,7 @@ struct TrainTextOptions {
   int64_t block_tokens = 512;
   std::string field = "text";
   bool prompt_counts = false;  // prompts are learnt too
-  std::optional<int32_t> end;  // behind each answer
+  std::optional<int32_t> end = {};  // behind each answer
 };
 // Texts laid end to end, each with its first tokens, cut into rows (a shorter one at the end only
 // if it is the only one); prompts with answers are a row each, cut at its end.
