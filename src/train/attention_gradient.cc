@@ -1,7 +1,9 @@
 #include "train/attention_gradient.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels/backward.h"
 #include "kernels/elementwise.h"
@@ -155,15 +157,16 @@ int64_t AttentionGradient::Probabilities(const Head& head, int64_t q_head, int64
     const int64_t oldest = config_.attention_window > 0
                                ? std::max<int64_t>(0, last + 1 - config_.attention_window)
                                : 0;
-    bool any = false;
-    for (int64_t s = oldest; s <= last; ++s) {
-      const bool visible = head.mask == nullptr || head.mask[s] != 0;
-      any = any || visible;
-      row[s] = visible ? row[s] * scale : kHidden;
-    }
-    if (!any) {
-      std::fill(row, row + seen, 1.0f / static_cast<float>(seen));
+    const bool sees_any = head.mask == nullptr ||
+                          std::any_of(head.mask + oldest, head.mask + last + 1,
+                                      [](uint8_t visible) { return visible != 0; });
+    if (!sees_any) {
+      for (int64_t s = 0; s < seen; ++s) row[s] *= scale;
+      Softmax(row, 1, seen, seen);
       continue;
+    }
+    for (int64_t s = oldest; s <= last; ++s) {
+      row[s] = head.mask == nullptr || head.mask[s] != 0 ? row[s] * scale : kHidden;
     }
     Softmax(row + oldest, 1, last + 1 - oldest, last + 1 - oldest);
     std::fill(row, row + oldest, 0.0f);

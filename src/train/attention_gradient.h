@@ -1,7 +1,7 @@
 // The attention block of a layer forward with a record of what its derivative needs, and backward.
 // Called by LayerGradient. The same formulas as forward/attention.h, and in addition keys that no
-// query sees: a query whose keys are all hidden attends to every position of its row alike, as the
-// published DeepSeek code does with left padding (docs/METHODS.md).
+// query sees: a query whose keys are all hidden attends to every position of its row, later ones
+// too, as the published DeepSeek code does with left padding (docs/METHODS.md).
 #pragma once
 
 #include <cstdint>
