@@ -111,10 +111,9 @@ TrainRows MakeRows(const FinetuneFlags& flags, const Model& model) {
     }
   }
   // With a number of steps, as many epochs as they take.
-  const int64_t per_epoch = std::max<int64_t>(
-      1, (static_cast<int64_t>(trained.size()) + flags.batch - 1) / flags.batch);
-  const int64_t epochs =
-      flags.steps > 0 ? (flags.steps + per_epoch - 1) / per_epoch : flags.epochs;
+  const int64_t per_epoch =
+      std::max<int64_t>(1, (static_cast<int64_t>(trained.size()) + flags.batch - 1) / flags.batch);
+  const int64_t epochs = flags.steps > 0 ? (flags.steps + per_epoch - 1) / per_epoch : flags.epochs;
   data.steps = ShuffledSteps(trained, flags.batch, epochs, flags.seed, flags.steps);
   if (data.steps.empty()) {
     throw UsageError("--held-out leaves no row to train on", "hold out less, or give more text");
@@ -237,12 +236,10 @@ void Report(Session& session, const FinetuneFlags& flags, const TrainResult& res
   const double first = result.steps.empty() ? 0 : result.steps.front().loss;
   const double last = result.steps.empty() ? 0 : result.steps.back().loss;
   if (session.flags.json) {
-    OrderedJson json = {{"schema", "winnow.finetune/1"},
-                        {"output", flags.output},
-                        {"steps", result.steps.size()},
-                        {"tokens", result.tokens},
-                        {"tokens_per_second", rate},
-                        {"loss", {{"first", first}, {"last", last}}}};
+    OrderedJson json = {
+        {"schema", "winnow.finetune/1"}, {"output", flags.output},
+        {"steps", result.steps.size()},  {"tokens", result.tokens},
+        {"tokens_per_second", rate},     {"loss", {{"first", first}, {"last", last}}}};
     if (result.held_out_before) {
       json["held_out"] = {{"rows", data.held_out.size()},
                           {"before", *result.held_out_before},
@@ -258,9 +255,9 @@ void Report(Session& session, const FinetuneFlags& flags, const TrainResult& res
   session.Note(fmt::format("wrote {}: {} steps, {:.0f} tokens/s, loss {:.4f} -> {:.4f}",
                            flags.output, result.steps.size(), rate, first, last));
   if (result.held_out_before && result.held_out_after) {
-    session.Note(fmt::format("held-out rows: {:.4f} -> {:.4f}{}", *result.held_out_before,
-                             *result.held_out_after,
-                             result.stopped_early ? ", stopped early; the best weights are kept" : ""));
+    session.Note(fmt::format(
+        "held-out rows: {:.4f} -> {:.4f}{}", *result.held_out_before, *result.held_out_after,
+        result.stopped_early ? ", stopped early; the best weights are kept" : ""));
   }
   session.PrintUsage();
 }
@@ -282,21 +279,22 @@ int RunFinetune(Session& session, const FinetuneFlags& flags) {
   session.RequireMemory(plan.memory, "finetune");
   uint64_t trained = 0;
   for (const Parameter& p : options.parameters) trained += p.count;
-  session.Note(fmt::format(
-      "finetune: {} of {} weights, {} steps of {} rows, {} rows held out{}{}",
-      FormatCount(trained), FormatCount(model.parameter_count()), data.steps.size(),
-      data.steps.front().size(), data.held_out.size(),
-      plan.keep_tapes ? "" : "; intermediates are computed twice to fit the memory",
-      plan.spill_state ? "; the optimiser's state is on disk" : ""));
+  session.Note(
+      fmt::format("finetune: {} of {} weights, {} steps of {} rows, {} rows held out{}{}",
+                  FormatCount(trained), FormatCount(model.parameter_count()), data.steps.size(),
+                  data.steps.front().size(), data.held_out.size(),
+                  plan.keep_tapes ? "" : "; intermediates are computed twice to fit the memory",
+                  plan.spill_state ? "; the optimiser's state is on disk" : ""));
   const CompressionPlan unchanged = UnchangedPlan(model);
   ApplyOptions apply;
   apply.resume = session.flags.resume;
   apply.dtype = options.dtype;
   if (session.flags.dry_run) {
     const RewritePlan rewrite = PlanRewrite(model, unchanged, apply);
-    session.PrintDryRun("finetune", {{"steps", data.steps.size()},
-                                     {"trained_weights", trained},
-                                     {"bytes_to_write", rewrite.bytes_after + plan.bytes_to_write}});
+    session.PrintDryRun("finetune",
+                        {{"steps", data.steps.size()},
+                         {"trained_weights", trained},
+                         {"bytes_to_write", rewrite.bytes_after + plan.bytes_to_write}});
     return 0;
   }
   StepLog log(flags.log);
@@ -308,9 +306,9 @@ int RunFinetune(Session& session, const FinetuneFlags& flags) {
   }
   const WeightReplacements weights = TrainedWeights(options.parameters, result.weights);
   apply.replacements = &weights;
-  apply.changes = fmt::format("{} weights ({}) were tuned with AdamW in {} steps{}.",
-                              FormatCount(trained), flags.train, result.steps.size(),
-                              teacher ? " to follow a teacher" : "");
+  apply.changes =
+      fmt::format("{} weights ({}) were tuned with AdamW in {} steps{}.", FormatCount(trained),
+                  flags.train, result.steps.size(), teacher ? " to follow a teacher" : "");
   ApplyPlan(model, unchanged, PlanRewrite(model, unchanged, apply), apply, flags.output,
             session.control());
   fs::remove_all(folder);
@@ -390,7 +388,8 @@ void AddFinetune(CLI::App& app, Session& session) {
       ->transform(OutputPath);
   AddDataFlags(*verb, *flags);
   AddStepFlags(*verb, *flags);
-  verb->add_option("--dtype", flags->dtype, "Convert the weights: f32 or bf16 (default: as they are)")
+  verb->add_option("--dtype", flags->dtype,
+                   "Convert the weights: f32 or bf16 (default: as they are)")
       ->check(CLI::IsMember({"f32", "bf16"}));
   verb->add_flag("--pure-bf16", flags->pure_bf16,
                  "Weights and moments in bf16 without f32 copies, as published");

@@ -23,8 +23,7 @@ double NiceStep(double range) {
 
 }  // namespace
 
-std::string LossCurve(const std::vector<StepRecord>& steps,
-                      std::optional<double> held_out_before) {
+std::string LossCurve(const std::vector<StepRecord>& steps, std::optional<double> held_out_before) {
   double low = std::numeric_limits<double>::infinity(), high = -low;
   const auto widen = [&](double value) {
     low = std::min(low, value);
@@ -76,9 +75,10 @@ std::string LossCurve(const std::vector<StepRecord>& steps,
     if (steps[i].held_out) held += fmt::format("{:.1f},{:.1f} ", at, y(*steps[i].held_out));
   }
   const auto line = [&](const std::string& points, const char* color, const char* width) {
-    svg += fmt::format("<polyline points=\"{}\" fill=\"none\" stroke=\"var(--{})\" "
-                       "stroke-width=\"{}\"/>\n",
-                       points, color, width);
+    svg += fmt::format(
+        "<polyline points=\"{}\" fill=\"none\" stroke=\"var(--{})\" "
+        "stroke-width=\"{}\"/>\n",
+        points, color, width);
   };
   line(train, "train", "1.5");
   text(kLeft, 20, "start", "loss of each step");

@@ -21,8 +21,7 @@ HWY_INLINE SwiGluVectors SwiGluGradient(VF gate, VF up, VF d_inner, VF scale) {
   const DF d;
   const VF one = hn::Set(d, 1.0f);
   const VF e = ExpNonPositive(hn::Neg(hn::Abs(gate)));
-  const VF sigmoid =
-      hn::Div(hn::IfThenElse(hn::Lt(gate, hn::Zero(d)), e, one), hn::Add(one, e));
+  const VF sigmoid = hn::Div(hn::IfThenElse(hn::Lt(gate, hn::Zero(d)), e, one), hn::Add(one, e));
   const VF silu = hn::Mul(gate, sigmoid);
   const VF slope = hn::Mul(sigmoid, hn::MulAdd(gate, hn::Sub(one, sigmoid), one));
   const VF inner = hn::Mul(silu, up);
@@ -39,8 +38,8 @@ float SwiGluBackwardTarget(const float* gate, const float* up, const float* d_in
   const auto size = static_cast<size_t>(n);
   size_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    const SwiGluVectors v = SwiGluGradient(hn::LoadU(d, gate + i), hn::LoadU(d, up + i),
-                                           hn::LoadU(d, d_inner + i), s);
+    const SwiGluVectors v =
+        SwiGluGradient(hn::LoadU(d, gate + i), hn::LoadU(d, up + i), hn::LoadU(d, d_inner + i), s);
     hn::StoreU(v.d_gate, d, d_gate + i);
     hn::StoreU(v.d_up, d, d_up + i);
     hn::StoreU(v.inner, d, inner + i);
@@ -141,8 +140,7 @@ void RmsNormBackward(const float* x, const float* weight, float eps, const float
     squares += value * value;
     product += value * static_cast<double>(weight[i] * d_y[i]);
   }
-  const double r =
-      1 / std::sqrt(squares / static_cast<double>(n) + static_cast<double>(eps));
+  const double r = 1 / std::sqrt(squares / static_cast<double>(n) + static_cast<double>(eps));
   const auto scale = static_cast<float>(r);
   const auto pull = static_cast<float>(r * r * r / static_cast<double>(n) * product);
   for (int64_t i = 0; i < n; ++i) d_x[i] += scale * (weight[i] * d_y[i]) - pull * x[i];

@@ -20,15 +20,15 @@ void RmsNormBackward(const float* x, const float* weight, float eps, const float
 // p = softmax(s) in a row of n: d_p becomes the gradient of s times `scale`.
 void SoftmaxBackward(const float* p, float scale, int64_t n, float* d_p);
 
-// A step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) as PyTorch's optimiser takes it; factors
-// that depend on the step alone are given.
+// A step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) as PyTorch's optimiser takes it;
+// factors that depend on the step alone are given.
 struct AdamWFactors {
   float gradient_scale = 1;  // of clipping
   float decay = 1;           // 1 - lr * weight_decay
   float beta2 = 0.999f;
   float rest1 = 0.1f, rest2 = 0.001f;  // 1 - beta1, 1 - beta2, which f32 differences would blur
-  float step_size = 0;    // lr / (1 - beta1^t)
-  float root_bias2 = 1;   // sqrt(1 - beta2^t)
+  float step_size = 0;                 // lr / (1 - beta1^t)
+  float root_bias2 = 1;                // sqrt(1 - beta2^t)
   float epsilon = 1e-8f;
 };
 void AdamWStep(const AdamWFactors& f, const float* gradient, int64_t n, float* weight, float* m,

@@ -50,9 +50,9 @@ TEST(MatMulTransposed, EqualsPlainSums) {
         for (int j = 0; j < n; ++j) {
           double sum = 0, size = 0;
           for (int r = 0; r < k; ++r) {
-            const double term =
-                static_cast<double>(x[i * k + r]) *
-                static_cast<double>(LoadAsFloat(dtype, stored.data(), static_cast<size_t>(r * n + j)));
+            const double term = static_cast<double>(x[i * k + r]) *
+                                static_cast<double>(LoadAsFloat(dtype, stored.data(),
+                                                                static_cast<size_t>(r * n + j)));
             sum += term;
             size += std::abs(term);
           }
@@ -69,9 +69,9 @@ TEST(Backward, SwiGluMatchesDifferences) {
   const std::vector<float> gate = Normal(n, 3), up = Normal(n, 4), d_inner = Normal(n, 5);
   std::vector<float> d_gate(n), d_up(n), inner(n);
   const float scale = 0.3f;
-  const float product = SwiGluBackward(gate.data(), up.data(), d_inner.data(), scale,
-                                       static_cast<int64_t>(n), d_gate.data(), d_up.data(),
-                                       inner.data());
+  const float product =
+      SwiGluBackward(gate.data(), up.data(), d_inner.data(), scale, static_cast<int64_t>(n),
+                     d_gate.data(), d_up.data(), inner.data());
   const std::vector<double> gates = Wide(gate), ups = Wide(up), grads = Wide(d_inner);
   const double factor = static_cast<double>(scale);
   double expected = 0;
@@ -132,9 +132,8 @@ TEST(Backward, AdamWFollowsItsFormula) {
     const double g = 0.3 * t, lr = 0.1;
     dm = 0.9 * dm + 0.1 * g;
     dv = 0.999 * dv + 0.001 * g * g;
-    dw = dw * (1 - lr * 0.01) -
-         lr / (1 - std::pow(0.9, t)) * dm /
-             (std::sqrt(dv) / std::sqrt(1 - std::pow(0.999, t)) + 1e-8);
+    dw = dw * (1 - lr * 0.01) - lr / (1 - std::pow(0.9, t)) * dm /
+                                    (std::sqrt(dv) / std::sqrt(1 - std::pow(0.999, t)) + 1e-8);
     const std::vector<float> gradient(5, static_cast<float>(g));
     AdamWStep({.decay = static_cast<float>(1 - lr * 0.01),
                .step_size = static_cast<float>(lr / (1 - std::pow(0.9, t))),

@@ -63,8 +63,9 @@ void RunTransposedTask(const MatMulTask& task) {
       const int64_t columns = std::min(kColumns, task.end_column - column);
       for (int64_t panel = task.first_panel; panel < task.end_panel; ++panel) {
         const int64_t row = panel * kRows;
-        ComputeTile(a_block + panel * block * kRows, w_tile, block, std::min(kRows, task.rows - row),
-                    columns, task.y + row * task.ld_y + column, task.ld_y, first_k > 0);
+        ComputeTile(a_block + panel * block * kRows, w_tile, block,
+                    std::min(kRows, task.rows - row), columns, task.y + row * task.ld_y + column,
+                    task.ld_y, first_k > 0);
       }
     }
   }

@@ -68,8 +68,8 @@ void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, 
 // MatMul in f32 for one caller thread, for use inside a task of a pool (attention heads).
 void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
 
-// Y = X W, for gradients: y[i, j] = sum_r x[i, r] w[r, j], W [k, n] as stored, so that neither W nor
-// activations are transposed in memory. Always f32. The second form is for a task of a pool.
+// Y = X W, for gradients: y[i, j] = sum_r x[i, r] w[r, j], W [k, n] as stored, so that neither W
+// nor activations are transposed in memory. Always f32. The second form is for a task of a pool.
 void MatMulTransposed(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y,
                       ThreadPool& pool);
 void MatMulTransposedSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);

@@ -16,9 +16,9 @@ constexpr int64_t kQueryBlock = 128;  // queries scored at once
 }  // namespace
 
 struct AttentionGradient::Scratch {
-  AlignedBuffer<float> keys, values, queries, d_out;     // [keys or queries, head_dim]
-  AlignedBuffer<float> scores, d_scores;                 // [kQueryBlock, keys]
-  AlignedBuffer<float> d_keys, d_values, part;           // [keys, head_dim]
+  AlignedBuffer<float> keys, values, queries, d_out;  // [keys or queries, head_dim]
+  AlignedBuffer<float> scores, d_scores;              // [kQueryBlock, keys]
+  AlignedBuffer<float> d_keys, d_values, part;        // [keys, head_dim]
   PackedRows packed;
 };
 
@@ -157,9 +157,9 @@ int64_t AttentionGradient::Probabilities(const Head& head, int64_t q_head, int64
     const int64_t oldest = config_.attention_window > 0
                                ? std::max<int64_t>(0, last + 1 - config_.attention_window)
                                : 0;
-    const bool sees_any = head.mask == nullptr ||
-                          std::any_of(head.mask + oldest, head.mask + last + 1,
-                                      [](uint8_t visible) { return visible != 0; });
+    const bool sees_any =
+        head.mask == nullptr || std::any_of(head.mask + oldest, head.mask + last + 1,
+                                            [](uint8_t visible) { return visible != 0; });
     if (!sees_any) {
       for (int64_t s = 0; s < seen; ++s) row[s] *= scale;
       Softmax(row, 1, seen, seen);
@@ -283,8 +283,7 @@ void AttentionGradient::UnrotateAndUnnorm(const LayerWeights& weights, const Tra
     }
   });
   if (!keeps_raw()) return;
-  const float limit =
-      config_.clip_qkv ? *config_.clip_qkv : std::numeric_limits<float>::infinity();
+  const float limit = config_.clip_qkv ? *config_.clip_qkv : std::numeric_limits<float>::infinity();
   const auto unclip = [&](const float* value, float* gradient, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       if (value[i] < -limit || value[i] > limit) gradient[i] = 0;
@@ -364,17 +363,16 @@ uint64_t AttentionGradient::TapeBytes(const ModelConfig& config, int64_t tokens)
   return static_cast<uint64_t>(tokens) * static_cast<uint64_t>(floats) * sizeof(float);
 }
 
-uint64_t AttentionGradient::ScratchBytes(const ModelConfig& config, int64_t tokens,
-                                         int64_t longest, int num_threads) {
+uint64_t AttentionGradient::ScratchBytes(const ModelConfig& config, int64_t tokens, int64_t longest,
+                                         int num_threads) {
   const int64_t h = config.hidden_size, qw = config.query_width(), kvw = config.kv_width();
   const int64_t block = std::min(kQueryBlock, longest), hd = config.head_dim;
   const int64_t per_worker = 5 * longest * hd + 2 * block * (longest + hd);
   return static_cast<uint64_t>(tokens * (2 * h + 3 * qw + 2 * kvw + std::max(h, qw))) *
              sizeof(float) +
          2 * PackedRows::Bytes(tokens, std::max(h, qw)) +
-         static_cast<uint64_t>(num_threads) *
-             (static_cast<uint64_t>(per_worker) * sizeof(float) +
-              PackedRows::Bytes(longest, std::max(block, hd)));
+         static_cast<uint64_t>(num_threads) * (static_cast<uint64_t>(per_worker) * sizeof(float) +
+                                               PackedRows::Bytes(longest, std::max(block, hd)));
 }
 
 }  // namespace winnow

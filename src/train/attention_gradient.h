@@ -24,7 +24,7 @@ struct AttentionTape {
   AlignedBuffer<float> q, k, v;       // [tokens, heads * head_dim], after RoPE
   AlignedBuffer<float> raw_q, raw_k;  // with a q/k norm: before it; `raw_v` with clipping
   AlignedBuffer<float> raw_v;
-  AlignedBuffer<float> attended;      // [tokens, heads * head_dim]
+  AlignedBuffer<float> attended;  // [tokens, heads * head_dim]
 };
 
 class AttentionGradient {

@@ -31,7 +31,8 @@ float* StreamStore::Load(int64_t level, int64_t first, int64_t count, int slot) 
   float* values = Place(level, first, count, slot);
   if (!file_) return values;
   const auto at = static_cast<uint64_t>((level * tokens_ + first) * hidden_) * sizeof(float);
-  file_->ReadAt(at, std::as_writable_bytes(std::span(values, static_cast<size_t>(count * hidden_))));
+  file_->ReadAt(at,
+                std::as_writable_bytes(std::span(values, static_cast<size_t>(count * hidden_))));
   return values;
 }
 
@@ -81,7 +82,8 @@ BatchPass::BatchPass(const Model& model, ParameterStore& store, const PassOption
       frozen_norm_(LoadVector(model, model.final_norm())),
       streams_(SpillPath(options, "streams.spill")),
       injected_(SpillPath(options, "targets.spill")) {
-  if (options.teacher != nullptr) teacher_ = std::make_unique<Teacher>(*options.teacher, options, pool);
+  if (options.teacher != nullptr)
+    teacher_ = std::make_unique<Teacher>(*options.teacher, options, pool);
   int64_t level = 0;
   for (int64_t l = 0; l < model.config().num_layers(); ++l) {
     const bool compared = options.distill == Distill::kLayers && store.has_layer(l);
@@ -172,10 +174,9 @@ void BatchPass::Forward(bool gradients) {
     const LayerWeights& read = reader_.Get(layer, !last ? layer + 1 : gradients ? layer - 1 : 0);
     ForwardLayer(layer, store_.Substitute(layer, read), gradients);
   }
-  const int64_t teacher_layers =
-      teacher_ != nullptr && options_.distill == Distill::kLogits
-          ? teacher_->model.config().num_layers()
-          : 0;
+  const int64_t teacher_layers = teacher_ != nullptr && options_.distill == Distill::kLogits
+                                     ? teacher_->model.config().num_layers()
+                                     : 0;
   for (int64_t layer = layers; layer < teacher_layers; ++layer) AdvanceTeacher(layer);
 }
 
@@ -221,8 +222,8 @@ double BatchPass::CompareLayer(int64_t layer, const Part& part, const float* aft
     const float* a = after + t * h;
     const float* b = target + t * h;
     float* out = gradient + t * h;
-    const bool hidden = !part.batch.key_mask.empty() &&
-                        part.batch.key_mask[static_cast<size_t>(t)] == 0;
+    const bool hidden =
+        !part.batch.key_mask.empty() && part.batch.key_mask[static_cast<size_t>(t)] == 0;
     double norm = 0, error = 0;
     for (int64_t i = 0; i < h; ++i) {
       const double value = static_cast<double>(b[i]);
@@ -230,8 +231,7 @@ double BatchPass::CompareLayer(int64_t layer, const Part& part, const float* aft
       norm += value * value;
       error += difference * difference;
     }
-    const double scale =
-        hidden || !(norm > 0) ? 0 : 1 / (norm * compared_tokens_);
+    const double scale = hidden || !(norm > 0) ? 0 : 1 / (norm * compared_tokens_);
     errors[static_cast<size_t>(t)] = error * scale;
     const auto factor = static_cast<float>(2 * scale * options_.distill_weight);
     for (int64_t i = 0; i < h; ++i) out[i] = factor * (a[i] - b[i]);
@@ -306,10 +306,11 @@ void BatchPass::Backward() {
       const Part& part = parts_[p];
       float* d_stream = d_stream_.data() + part.first_token * h;
       InjectLayer(layer, part, d_stream);
-      const float* before = streams_.Load(LevelOf(layer, true), part.first_token,
-                                          part.batch.num_tokens(), 0);
+      const float* before =
+          streams_.Load(LevelOf(layer, true), part.first_token, part.batch.num_tokens(), 0);
       LayerTape& tape =
-          tapes_[options_.keep_tapes ? static_cast<size_t>(layer - lowest_) * parts_.size() + p : 0];
+          tapes_[options_.keep_tapes ? static_cast<size_t>(layer - lowest_) * parts_.size() + p
+                                     : 0];
       if (!options_.keep_tapes) layer_.Forward(weights, part.batch, before, nullptr, tape);
       layer_.Backward(weights, part.batch, before, tape, balance_, d_stream, slots,
                       layer > lowest_);

@@ -1,7 +1,8 @@
 // One batch through the model and back, layer by layer: each layer's weights are read once for
-// forward and once for backward, whatever the number of parts a batch is cut into. Forward keeps the
-// stream at the entry of every layer from the lowest trained one on; backward makes each layer's
-// tape anew from it, or finds it kept if memory allows. Owned by TrainRun, which has the optimiser.
+// forward and once for backward, whatever the number of parts a batch is cut into. Forward keeps
+// the stream at the entry of every layer from the lowest trained one on; backward makes each
+// layer's tape anew from it, or finds it kept if memory allows. Owned by TrainRun, which has the
+// optimiser.
 //
 // Promise: the same gradients for any number of threads and any of the ways to save memory.
 #pragma once
@@ -11,14 +12,14 @@
 #include <optional>
 #include <vector>
 
-#include "base/file.h"             // File, fs
-#include "base/progress.h"         // JobControl
-#include "base/thread_pool.h"      // ThreadPool
-#include "model/model.h"           // Model
-#include "train/layer_gradient.h"  // LayerGradient, LayerTape
-#include "train/output_loss.h"     // OutputLoss
+#include "base/file.h"              // File, fs
+#include "base/progress.h"          // JobControl
+#include "base/thread_pool.h"       // ThreadPool
+#include "model/model.h"            // Model
+#include "train/layer_gradient.h"   // LayerGradient, LayerTape
+#include "train/output_loss.h"      // OutputLoss
 #include "train/parameter_store.h"  // ParameterStore
-#include "weights/layer_reader.h"  // LayerReader
+#include "weights/layer_reader.h"   // LayerReader
 
 namespace winnow {
 
@@ -70,8 +71,8 @@ class StreamStore {
 
 class BatchPass {
  public:
-  BatchPass(const Model& model, ParameterStore& store, const PassOptions& options,
-            ThreadPool& pool, const JobControl& control);
+  BatchPass(const Model& model, ParameterStore& store, const PassOptions& options, ThreadPool& pool,
+            const JobControl& control);
   ~BatchPass();
 
   // Loss of a batch; with `gradients` also those of all parameters, into the store.

@@ -160,10 +160,10 @@ void FeedForwardGradient::PartBackward(const LayerWeights& weights, const FeedFo
   ForRowRanges(pool_, rows, [&](int64_t first, int64_t end) {
     for (int64_t i = first; i < end; ++i) {
       const int64_t at = i * width, from = part.offset + at;
-      const float d_scale = SwiGluBackward(
-          tape.gate.data() + from, tape.up.data() + from, d_inner_.data() + at,
-          ScaleOf(weights, tape, part, i), width, d_gate_.data() + at, d_up_.data() + at,
-          inner_.data() + at);
+      const float d_scale =
+          SwiGluBackward(tape.gate.data() + from, tape.up.data() + from, d_inner_.data() + at,
+                         ScaleOf(weights, tape, part, i), width, d_gate_.data() + at,
+                         d_up_.data() + at, inner_.data() + at);
       if (part.kind == PartKind::kShared && !weights.shared_router.empty()) {
         d_shared_gate_[static_cast<size_t>(i)] = d_scale;
       } else if (routed) {
@@ -225,12 +225,11 @@ void FeedForwardGradient::RouterBackward(const LayerWeights& weights, const Trai
       const double share =
           balance.by_row ? 1.0 / static_cast<double>(balance.rows) / static_cast<double>(length)
                          : 1.0 / static_cast<double>(balance.tokens);
-      const double even =
-          static_cast<double>(length * k) / static_cast<double>(num_experts);
+      const double even = static_cast<double>(length * k) / static_cast<double>(num_experts);
       for (int64_t t = first; t < first + length; ++t) {
         for (int64_t e = 0; e < num_experts; ++e) {
-          d_logits_[static_cast<size_t>(t * num_experts + e)] = static_cast<float>(
-              balance.alpha * share * counts[static_cast<size_t>(e)] / even);
+          d_logits_[static_cast<size_t>(t * num_experts + e)] =
+              static_cast<float>(balance.alpha * share * counts[static_cast<size_t>(e)] / even);
         }
       }
       first += length;
@@ -344,9 +343,9 @@ uint64_t FeedForwardGradient::ScratchBytes(const ModelConfig& config, int64_t to
     experts = std::max(experts, layer.num_experts);
   }
   largest = width * config.hidden_size;  // a product before it is added to a gradient
-  const int64_t floats = tokens * (5 * config.hidden_size + 4 * width + 2 * experts +
-                                   config.num_experts_per_tok + 1) +
-                         largest;
+  const int64_t floats =
+      tokens * (5 * config.hidden_size + 4 * width + 2 * experts + config.num_experts_per_tok + 1) +
+      largest;
   return static_cast<uint64_t>(floats) * sizeof(float) +
          3 * PackedRows::Bytes(tokens, std::max(width, config.hidden_size)) +
          PackedRows::Bytes(std::max(width, config.hidden_size), tokens);

@@ -1,6 +1,7 @@
 // The feed-forward block of a layer forward with a record of what its derivative needs, and
-// backward. Called by LayerGradient. Dense, shared, routed and condensed parts are one thing here: a
-// part adds c * f(x) for some tokens, where c is 1, a constant, a sigmoid gate or a routing weight.
+// backward. Called by LayerGradient. Dense, shared, routed and condensed parts are one thing here:
+// a part adds c * f(x) for some tokens, where c is 1, a constant, a sigmoid gate or a routing
+// weight.
 //
 // Routing: which experts a token uses is fixed; the gradient flows through their weights into the
 // router and its input. The balance loss of the DeepSeek code may be added for MoE layers.

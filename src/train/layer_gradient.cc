@@ -18,9 +18,8 @@ void LayerGradient::Forward(const LayerWeights& weights, const TrainBatch& batch
 }
 
 void LayerGradient::Backward(const LayerWeights& weights, const TrainBatch& batch,
-                             const float* before, const LayerTape& tape,
-                             const BalanceLoss& balance, float* d_stream,
-                             const GradientSlots& slots, bool needs_input) {
+                             const float* before, const LayerTape& tape, const BalanceLoss& balance,
+                             float* d_stream, const GradientSlots& slots, bool needs_input) {
   const bool needs_middle = needs_input || slots.any_attention();
   feed_forward_.Backward(weights, batch, tape.middle.data(), tape.feed_forward, balance, d_stream,
                          slots, needs_middle);

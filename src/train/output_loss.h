@@ -38,9 +38,9 @@ struct OutputLossCall {
   const OutputHead* teacher = nullptr;
   const float* teacher_stream = nullptr;
   double divergence_share = 0;
-  double scale = 0;               // of the gradient: 1 / weight of the whole step
-  float* d_stream = nullptr;      // [tokens, hidden], overwritten; null: the loss alone
-  float* d_norm = nullptr;        // added to; may be null
+  double scale = 0;           // of the gradient: 1 / weight of the whole step
+  float* d_stream = nullptr;  // [tokens, hidden], overwritten; null: the loss alone
+  float* d_norm = nullptr;    // added to; may be null
 };
 
 class OutputLoss {

@@ -9,11 +9,13 @@
 namespace winnow {
 namespace {
 
-constexpr uint64_t kPiece = uint64_t{1} << 16;       // elements of a task
-constexpr uint64_t kPieces = uint64_t{1} << 20;      // elements read from a file at once
-constexpr uint64_t kAlignment = 64;                  // of each matrix in the rounded copy
+constexpr uint64_t kPiece = uint64_t{1} << 16;   // elements of a task
+constexpr uint64_t kPieces = uint64_t{1} << 20;  // elements read from a file at once
+constexpr uint64_t kAlignment = 64;              // of each matrix in the rounded copy
 
-float RoundBf16(float value) { return FloatFromBf16(Bf16FromFloat(value)); }
+float RoundBf16(float value) {
+  return FloatFromBf16(Bf16FromFloat(value));
+}
 
 }  // namespace
 

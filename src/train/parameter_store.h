@@ -21,7 +21,7 @@
 namespace winnow {
 
 struct ParameterStoreOptions {
-  fs::path spill;          // empty: everything in memory
+  fs::path spill = {};     // empty: everything in memory
   bool pure_bf16 = false;  // weights and moments are bf16, every operation rounded (as published)
   std::optional<Dtype> dtype = {};  // forward's format; nothing: as stored
 };

@@ -9,11 +9,11 @@
 namespace winnow {
 
 struct TrainBatch {
-  std::vector<int64_t> lengths;    // of each row
-  std::vector<int32_t> ids;        // [tokens]
-  std::vector<int32_t> targets;    // [tokens] the id to predict, -1: not scored
-  std::vector<float> weights;      // [tokens] what the target counts for
-  std::vector<uint8_t> key_mask;   // [tokens] 0: no query sees this position; empty: all count
+  std::vector<int64_t> lengths;   // of each row
+  std::vector<int32_t> ids;       // [tokens]
+  std::vector<int32_t> targets;   // [tokens] the id to predict, -1: not scored
+  std::vector<float> weights;     // [tokens] what the target counts for
+  std::vector<uint8_t> key_mask;  // [tokens] 0: no query sees this position; empty: all count
 
   int64_t num_rows() const { return static_cast<int64_t>(lengths.size()); }
   int64_t num_tokens() const { return static_cast<int64_t>(ids.size()); }

@@ -30,7 +30,8 @@ std::vector<uint8_t> ReadAttentionMask(const SafetensorsFile& file, const Tensor
     int64_t value = 0;
     std::memcpy(&value, bytes.data() + i * width, width);
     if (value != 0 && value != 1) {
-      throw ModelError(fmt::format("{}: attention_mask[{}] is {}, expected 0 or 1", where, i, value));
+      throw ModelError(
+          fmt::format("{}: attention_mask[{}] is {}, expected 0 or 1", where, i, value));
     }
     values[i] = static_cast<uint8_t>(value);
   }
@@ -136,13 +137,11 @@ std::vector<int32_t> HeldOutRows(int64_t num_rows, double share) {
 }
 
 std::vector<std::vector<int32_t>> ShuffledSteps(const std::vector<int32_t>& rows, int64_t batch,
-                                                int64_t epochs, uint64_t seed,
-                                                int64_t most_steps) {
+                                                int64_t epochs, uint64_t seed, int64_t most_steps) {
   std::vector<std::vector<int32_t>> steps;
   const auto count = static_cast<int64_t>(rows.size());
   for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-    const std::vector<int64_t> order =
-        NumpyPermutation(seed + static_cast<uint64_t>(epoch), count);
+    const std::vector<int64_t> order = NumpyPermutation(seed + static_cast<uint64_t>(epoch), count);
     for (int64_t first = 0; first < count; first += batch) {
       if (most_steps > 0 && std::ssize(steps) == most_steps) return steps;
       steps.emplace_back();

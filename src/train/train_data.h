@@ -28,7 +28,7 @@ std::vector<TrainRow> ReadTrainRows(const fs::path& path, bool keep_padding);
 struct TrainTextOptions {
   int64_t block_tokens = 512;
   std::string field = "text";
-  bool prompt_counts = false;  // prompts are learnt too
+  bool prompt_counts = false;       // prompts are learnt too
   std::optional<int32_t> end = {};  // behind each answer
 };
 // Texts laid end to end, each with its first tokens, cut into rows (a shorter one at the end only

@@ -30,7 +30,9 @@ void Measure(const TrainRows& rows, const std::vector<int32_t>& numbers, int64_t
   sizes.batch_tokens = std::max(sizes.batch_tokens, total);
 }
 
-uint64_t HeadBytes(const Model& model) { return model.lm_head().bytes(); }
+uint64_t HeadBytes(const Model& model) {
+  return model.lm_head().bytes();
+}
 
 }  // namespace
 
@@ -50,9 +52,10 @@ TrainPlan PlanTrain(const Model& model, const TrainRows& rows, const TrainOption
     count += p.count;
     if (p.layer < 0) continue;
     lowest = std::min<int64_t>(lowest, p.layer);
-    compared += options.pass.distill == Distill::kLayers && trained[static_cast<size_t>(p.layer)]++ == 0
-                    ? 1
-                    : 0;
+    compared +=
+        options.pass.distill == Distill::kLayers && trained[static_cast<size_t>(p.layer)]++ == 0
+            ? 1
+            : 0;
   }
   uint64_t tape = 0, all_tapes = 0;
   for (int64_t l = 0; l < layers; ++l) {
@@ -60,10 +63,10 @@ TrainPlan PlanTrain(const Model& model, const TrainRows& rows, const TrainOption
     tape = std::max(tape, LayerGradient::TapeBytes(config, layer, sizes.part_tokens));
     if (l >= lowest) all_tapes += LayerGradient::TapeBytes(config, layer, sizes.batch_tokens);
   }
-  const uint64_t stream = static_cast<uint64_t>(sizes.batch_tokens) * static_cast<uint64_t>(h) *
-                          sizeof(float);
-  const uint64_t part_stream = static_cast<uint64_t>(sizes.part_tokens) *
-                               static_cast<uint64_t>(h) * sizeof(float);
+  const uint64_t stream =
+      static_cast<uint64_t>(sizes.batch_tokens) * static_cast<uint64_t>(h) * sizeof(float);
+  const uint64_t part_stream =
+      static_cast<uint64_t>(sizes.part_tokens) * static_cast<uint64_t>(h) * sizeof(float);
   uint64_t row_bytes = 0;
   for (const TrainRow& row : rows.rows) {
     row_bytes += row.ids.size() * 4 + row.weights.size() * 4 + row.mask.size() + sizeof(TrainRow);
@@ -72,10 +75,14 @@ TrainPlan PlanTrain(const Model& model, const TrainRows& rows, const TrainOption
     bool resident, prefetch, tapes, spill_streams, spill_state;
   };
   TrainPlan plan;
-  for (const Way& way : {Way{true, false, true, false, false}, {true, false, false, false, false},
-                         {false, true, true, false, false}, {false, true, false, false, false},
-                         {false, false, false, false, false}, {false, true, false, false, true},
-                         {false, false, false, false, true}, {false, false, false, true, true}}) {
+  for (const Way& way : {Way{true, false, true, false, false},
+                         {true, false, false, false, false},
+                         {false, true, true, false, false},
+                         {false, true, false, false, false},
+                         {false, false, false, false, false},
+                         {false, true, false, false, true},
+                         {false, false, false, false, true},
+                         {false, false, false, true, true}}) {
     plan = {};
     plan.resident = way.resident;
     plan.prefetch = way.prefetch;
@@ -104,8 +111,8 @@ TrainPlan PlanTrain(const Model& model, const TrainRows& rows, const TrainOption
                way.spill_streams ? 4 * part_stream + stream : (levels + 1) * stream);
     memory.Add(way.tapes ? "intermediates of all layers" : "intermediates of a layer",
                way.tapes ? std::max(tape, all_tapes) : tape);
-    memory.Add("work of a layer", LayerGradient::ScratchBytes(config, sizes.part_tokens,
-                                                              sizes.longest, num_threads));
+    memory.Add("work of a layer",
+               LayerGradient::ScratchBytes(config, sizes.part_tokens, sizes.longest, num_threads));
     memory.Add("logits", OutputLoss::ScratchBytes(h, config.vocab_size, teacher != nullptr));
     if (teacher != nullptr) {
       weights(*teacher, "the teacher's weights",
@@ -117,8 +124,9 @@ TrainPlan PlanTrain(const Model& model, const TrainRows& rows, const TrainOption
             teacher_tape, LayerGradient::TapeBytes(teacher->config(), layer, sizes.part_tokens));
       }
       memory.Add("the teacher's stream and work",
-                 teacher_tape + stream * static_cast<uint64_t>(teacher->config().hidden_size) /
-                                    static_cast<uint64_t>(h) +
+                 teacher_tape +
+                     stream * static_cast<uint64_t>(teacher->config().hidden_size) /
+                         static_cast<uint64_t>(h) +
                      LayerGradient::ScratchBytes(teacher->config(), sizes.part_tokens,
                                                  sizes.longest, num_threads));
     }

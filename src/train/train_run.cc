@@ -66,8 +66,8 @@ class Trainer {
         result_.steps.back().held_out = HeldOut();
         Judge(*result_.steps.back().held_out);
       }
-      result_.held_out_after = result_.steps.empty() ? result_.held_out_before
-                                                     : result_.steps.back().held_out;
+      result_.held_out_after =
+          result_.steps.empty() ? result_.held_out_before : result_.steps.back().held_out;
     }
     SaveState();
     if (options_.patience > 0 && result_.best_step != next_step() - 1) {
@@ -154,8 +154,8 @@ class Trainer {
     const auto rows = static_cast<size_t>(std::ssize(rows_.steps.front()));
     double total = 0, weight = 0;
     for (size_t first = 0; first < rows_.held_out.size(); first += rows) {
-      const auto numbers = std::span(rows_.held_out)
-                               .subspan(first, std::min(rows, rows_.held_out.size() - first));
+      const auto numbers =
+          std::span(rows_.held_out).subspan(first, std::min(rows, rows_.held_out.size() - first));
       const PassResult pass = pass_.Run(MakeBatch(rows_.rows, numbers), false);
       total += pass.loss * pass.weight;
       weight += pass.weight;
@@ -282,12 +282,9 @@ class Trainer {
       if (record.held_out) step.push_back(*record.held_out);
       steps.push_back(std::move(step));
     }
-    OrderedJson json = {{"fingerprint", RunFingerprint()},
-                        {"best", best_},
-                        {"best_step", result_.best_step},
-                        {"worse", worse_},
-                        {"stopped_early", result_.stopped_early},
-                        {"steps", std::move(steps)}};
+    OrderedJson json = {{"fingerprint", RunFingerprint()},        {"best", best_},
+                        {"best_step", result_.best_step},         {"worse", worse_},
+                        {"stopped_early", result_.stopped_early}, {"steps", std::move(steps)}};
     if (result_.held_out_before) json["held_out_before"] = *result_.held_out_before;
     SaveArrays(folder_ / kState, StateArrays(), json.dump());
     last_save_ = Clock::now();

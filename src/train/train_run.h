@@ -32,7 +32,7 @@ struct TrainOptions {
   std::optional<Dtype> dtype = {};  // of the trained weights; nothing: as stored
   bool pure_bf16 = false;
   int64_t eval_every = 0;  // steps between scores of held-out rows; 0: before and after alone
-  int64_t patience = 0;    // scores without a better one before it stops; 0: never. The best is kept
+  int64_t patience = 0;  // scores without a better one before it stops; 0: never. The best is kept
   double checkpoint_seconds = 60;
   uint64_t memory_budget_bytes = 0;
   bool resume = false;
@@ -58,8 +58,8 @@ struct StepRecord {
   int64_t step = 0;
   double lr = 0;
   double loss = 0;
-  double gradient_norm = 0;                  // before clipping
-  std::optional<double> held_out = {};       // after the step
+  double gradient_norm = 0;             // before clipping
+  std::optional<double> held_out = {};  // after the step
 };
 
 struct TrainResult {
@@ -67,9 +67,9 @@ struct TrainResult {
   std::optional<double> held_out_before, held_out_after;
   int64_t best_step = -1;  // whose weights are kept, if that is not the last
   bool stopped_early = false;
-  int64_t tokens = 0;   // trained on by this process
-  double seconds = 0;   // of its steps
-  fs::path weights;     // safetensors of what was trained, by Parameter::Name()
+  int64_t tokens = 0;  // trained on by this process
+  double seconds = 0;  // of its steps
+  fs::path weights;    // safetensors of what was trained, by Parameter::Name()
 };
 // `on_step` sees every step in order, those of an interrupted run too.
 TrainResult RunTrain(const Model& model, const TrainRows& rows, const TrainOptions& options,

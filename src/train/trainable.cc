@@ -137,10 +137,10 @@ std::vector<Parameter> ChooseParameters(const Model& model, const std::string& w
     offset += count;
   };
   for (size_t l = 0; l < model.layers().size(); ++l) {
-    ForEachSlice(model.layers()[l], [&](const TensorSlice& slice, WeightPlace place,
-                                        int32_t owner) {
-      consider(&model.config().layers[l], static_cast<int32_t>(l), slice, place, owner);
-    });
+    ForEachSlice(
+        model.layers()[l], [&](const TensorSlice& slice, WeightPlace place, int32_t owner) {
+          consider(&model.config().layers[l], static_cast<int32_t>(l), slice, place, owner);
+        });
   }
   consider(nullptr, -1, model.final_norm(), WeightPlace::kFinalNorm, 0);
   for (size_t i = 0; i < wanted.size(); ++i) {

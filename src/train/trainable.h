@@ -1,5 +1,6 @@
-// Which tensors of a model are trained. A parameter is a matrix or vector of one layer (or the final
-// norm), possibly a slice of a fused tensor. Chosen by cli/ from --train, read by parameter_store.
+// Which tensors of a model are trained. A parameter is a matrix or vector of one layer (or the
+// final norm), possibly a slice of a fused tensor. Chosen by cli/ from --train, read by
+// parameter_store.
 #pragma once
 
 #include <cstdint>
@@ -49,9 +50,9 @@ struct Parameter {
 };
 
 // `what`: comma-separated, each `condensed-experts` (gate, up and down of what is left of condensed
-// layers), `experts` (of all layers, shared experts too), `router`, `norms`, or a pattern with * and
-// ? on tensor names. By layer, ascending, the final norm last. UsageError if a part of `what` fits
-// nothing, or something that is never trained (embedding, lm_head).
+// layers), `experts` (of all layers, shared experts too), `router`, `norms`, or a pattern with *
+// and ? on tensor names. By layer, ascending, the final norm last. UsageError if a part of `what`
+// fits nothing, or something that is never trained (embedding, lm_head).
 std::vector<Parameter> ChooseParameters(const Model& model, const std::string& what);
 
 bool MatchesPattern(const std::string& name, const std::string& pattern);

@@ -243,7 +243,8 @@ const LayerWeights& LayerReader::Get(int64_t layer, int64_t next) {
     if (s.failure) std::rethrow_exception(std::exchange(s.failure, nullptr));
   }
   s.wait_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  if (next >= 0 && next != layer && next < s.model.config().num_layers() && s.slots[1 - here].layer != next) {
+  if (next >= 0 && next != layer && next < s.model.config().num_layers() &&
+      s.slots[1 - here].layer != next) {
     s.target = 1 - here;
     s.wanted = next;
     s.changed.notify_all();
