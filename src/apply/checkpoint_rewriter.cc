@@ -44,7 +44,7 @@ std::string RunFingerprint(const Model& model, const RewritePlan& rewrite) {
         fingerprint.Add(range.offset);
         if (range.replacement != nullptr) {
           fingerprint.Add(range.replacement->file->header());
-          fingerprint.Add(range.replacement->file_offset);
+          fingerprint.Add(range.replacement->file_offset + range.skip);
         }
       }
     }
@@ -179,8 +179,8 @@ class Rewriter {
     for (const SourceRange& range : tensor.ranges) {
       const bool replaced = range.replacement != nullptr;
       const File& source = replaced ? range.replacement->file->file() : SourceFile(*range.tensor);
-      const uint64_t from =
-          replaced ? range.replacement->file_offset : range.tensor->file_offset + range.offset;
+      const uint64_t from = replaced ? range.replacement->file_offset + range.skip
+                                     : range.tensor->file_offset + range.offset;
       if (range.dtype() == tensor.info.dtype) {
         out.CopyFrom(source, from, at, range.bytes);
         at += range.bytes;
@@ -233,8 +233,8 @@ int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& f
           expected.resize(bytes);
           found.resize(bytes);
           if (range.replacement != nullptr) {
-            range.replacement->file->file().ReadAt(range.replacement->file_offset + offset,
-                                                   expected);
+            range.replacement->file->file().ReadAt(
+                range.replacement->file_offset + range.skip + offset, expected);
           } else {
             source.checkpoint().ReadPart(*range.tensor, range.offset + offset, expected);
           }

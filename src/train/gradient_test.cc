@@ -112,7 +112,6 @@ void ExpectSlopes(const fs::path& folder, double balance_alpha) {
     }
     norm = std::sqrt(norm);
     if (norm == 0) continue;  // an expert no token chose
-    const double step = 1e-3 * std::max(std::sqrt(size), 0.1);
     const auto loss_at = [&](double moved) {
       store.ForPieces(
           ParameterStore::kMaster,
@@ -127,10 +126,22 @@ void ExpectSlopes(const fs::path& folder, double balance_alpha) {
           true);
       return pass.Run(batch, false).loss;
     };
-    const double slope = (loss_at(step) - loss_at(-step)) / (2 * step);
-    // The loss in f32 is good to about 2e-6; the curvature changes the slope by less than 1 %.
-    EXPECT_NEAR(slope, norm, 0.01 * norm + 2e-6 / step) << p.Name();
-    if (norm * step > 1e-4) ++compared;
+    // Where a step changes which experts a token uses the loss jumps: that step says nothing, a
+    // shorter one may. A wrong gradient disagrees with all of them.
+    double best = kInfinity, best_slope = 0;
+    for (const double share : {1e-3, 3e-4, 1e-4, 3e-5}) {
+      const double step = share * std::max(std::sqrt(size), 0.1);
+      const double slope = (loss_at(step) - loss_at(-step)) / (2 * step);
+      // The loss in f32 is good to about 1e-6; the curvature changes the slope by less than 1 %.
+      const double off = std::abs(slope - norm) / (0.01 * norm + 1e-6 / step);
+      if (off < best) {
+        best = off;
+        best_slope = slope;
+        if (off < 1 && norm * step > 1e-4) ++compared;
+      }
+      if (off < 1) break;
+    }
+    EXPECT_LT(best, 1) << p.Name() << ": slope " << best_slope << ", gradient " << norm;
   }
   EXPECT_GT(compared, 5);  // most of all tensors are well above the noise
 }
