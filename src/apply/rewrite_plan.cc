@@ -40,7 +40,9 @@ class Planner {
     }
     WriteIndex(out);
     out.other_files = checkpoint.OtherFiles();
-    for (const LayerConfig& layer : model_.config().layers) out.experts_before += layer.num_experts;
+    for (const LayerConfig& layer : model_.config().layers) {
+      if (layer.is_moe) out.experts_before += layer.num_experts;  // no router, nothing to choose
+    }
     for (const std::vector<int32_t>& kept : kept_) {
       out.experts_after += static_cast<int64_t>(kept.size());
     }
