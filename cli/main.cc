@@ -128,6 +128,7 @@ int Main(int argc, char** argv) {
   AddApply(app, session);
   AddEval(app, session);
   AddCompress(app, session);
+  AddFinetune(app, session);
   AddRun(app, session);
   AddTokenize(app, session);
   AddTrace(app, session);

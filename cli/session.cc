@@ -94,6 +94,7 @@ void ProgressPrinter::Update(const ProgressEvent& event) {
     line += fmt::format("  ETA {}", FormatSeconds(left));
   }
   line += fmt::format("  RSS {}", FormatBytes(ResidentBytes()));
+  if (!event.note.empty()) line += "  " + event.note;
   if (terminal_) {
     std::fprintf(stderr, "\r\033[K%s", line.c_str());
     line_open_ = true;

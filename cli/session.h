@@ -139,5 +139,6 @@ void AddPlan(CLI::App& app, Session& session);
 void AddApply(CLI::App& app, Session& session);
 void AddEval(CLI::App& app, Session& session);
 void AddCompress(CLI::App& app, Session& session);
+void AddFinetune(CLI::App& app, Session& session);
 
 }  // namespace winnow::cli

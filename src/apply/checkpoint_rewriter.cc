@@ -50,7 +50,7 @@ std::string RunFingerprint(const Model& model, const RewritePlan& rewrite,
         fingerprint.Add(range.offset);
         if (range.replacement != nullptr) {
           fingerprint.Add(range.replacement->file->header());
-          fingerprint.Add(range.replacement->file_offset);
+          fingerprint.Add(range.replacement->file_offset + range.skip);
         }
       }
     }
@@ -191,21 +191,21 @@ class Rewriter {
     for (const SourceRange& range : tensor.ranges) {
       const bool replaced = range.replacement != nullptr;
       const File& source = replaced ? range.replacement->file->file() : SourceFile(*range.tensor);
-      const uint64_t from =
-          replaced ? range.replacement->file_offset : range.tensor->file_offset + range.offset;
-      if (tensor.source_dtype == tensor.info.dtype) {
+      const uint64_t from = replaced ? range.replacement->file_offset + range.skip
+                                     : range.tensor->file_offset + range.offset;
+      if (range.dtype() == tensor.info.dtype) {
         out.CopyFrom(source, from, at, range.bytes);
         at += range.bytes;
         continue;
       }
-      const uint64_t in_size = DtypeBits(tensor.source_dtype) / 8;
+      const uint64_t in_size = DtypeBits(range.dtype()) / 8;
       const uint64_t out_size = DtypeBits(tensor.info.dtype) / 8;
       std::vector<std::byte> input(kBufferBytes), output(kBufferBytes / in_size * out_size);
       for (uint64_t done = 0; done < range.bytes;) {
         const uint64_t part = std::min<uint64_t>(kBufferBytes, range.bytes - done);
         source.ReadAt(from + done, std::span(input).first(part));
         const uint64_t count = part / in_size;
-        Convert(tensor.source_dtype, input.data(), tensor.info.dtype, output.data(), count);
+        Convert(range.dtype(), input.data(), tensor.info.dtype, output.data(), count);
         out.WriteAt(at, std::span(output).first(count * out_size));
         at += count * out_size;
         done += part;
@@ -247,15 +247,19 @@ int64_t Audit(const Model& source, const RewritePlan& rewrite, const fs::path& f
         }
       }
       for (const SourceRange& range : tensor.ranges) {
-        if (!same || tensor.source_dtype != tensor.info.dtype) break;
+        if (!same) break;
+        if (range.dtype() != tensor.info.dtype) {  // converted: nothing to compare with
+          at += range.bytes / DtypeBits(range.dtype()) * DtypeBits(tensor.info.dtype);
+          continue;
+        }
         for (const bool tail : {false, true}) {
           const uint64_t bytes = std::min(range.bytes, kAuditBytes);
           const uint64_t offset = tail ? range.bytes - bytes : 0;
           expected.resize(bytes);
           found.resize(bytes);
           if (range.replacement != nullptr) {
-            range.replacement->file->file().ReadAt(range.replacement->file_offset + offset,
-                                                   expected);
+            range.replacement->file->file().ReadAt(
+                range.replacement->file_offset + range.skip + offset, expected);
           } else {
             source.checkpoint().ReadPart(*range.tensor, range.offset + offset, expected);
           }

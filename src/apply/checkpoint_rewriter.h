@@ -44,8 +44,11 @@ struct ApplyOptions {
 struct SourceRange {
   const TensorInfo* tensor = nullptr;
   uint64_t offset = 0;
-  uint64_t bytes = 0;
+  uint64_t bytes = 0;  // in dtype()
   const WeightReplacements::Place* replacement = nullptr;
+  uint64_t skip = 0;  // bytes of the replacement before the range
+
+  Dtype dtype() const { return replacement != nullptr ? replacement->dtype : tensor->dtype; }
 };
 
 struct OutputTensor {

@@ -22,9 +22,15 @@ std::string CardChanges(const ApplyOptions& options) {
 
 std::string ModelCard(const CompressionPlan& plan, const RewritePlan& rewrite,
                       const std::string& changes, const std::string& measurements) {
-  std::string card = "# A pruned Mixture-of-Experts checkpoint\n\n";
-  card += fmt::format("Experts were removed from a `{}` model with Winnow{}\n\n", plan.model_type,
-                      changes.empty() ? "; no weight was changed otherwise." : ". " + changes);
+  std::string card;
+  if (plan.method == "finetune") {
+    card = fmt::format("# A tuned checkpoint\n\nMade from a `{}` model with Winnow. {}\n\n",
+                       plan.model_type, changes);
+  } else {
+    card = "# A pruned Mixture-of-Experts checkpoint\n\n";
+    card += fmt::format("Experts were removed from a `{}` model with Winnow{}\n\n", plan.model_type,
+                        changes.empty() ? "; no weight was changed otherwise." : ". " + changes);
+  }
   card += "| | before | after |\n|---|--:|--:|\n";
   card += fmt::format("| experts, all layers | {} | {} |\n", rewrite.experts_before,
                       rewrite.experts_after);

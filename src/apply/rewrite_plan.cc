@@ -52,7 +52,9 @@ class Planner {
     }
     WriteIndex(out);
     out.other_files = checkpoint.OtherFiles();
-    for (const LayerConfig& layer : model_.config().layers) out.experts_before += layer.num_experts;
+    for (const LayerConfig& layer : model_.config().layers) {
+      if (layer.is_moe) out.experts_before += layer.num_experts;  // no router, nothing to choose
+    }
     for (const std::vector<int32_t>& kept : kept_) {
       out.experts_after += static_cast<int64_t>(kept.size());
     }
@@ -111,7 +113,7 @@ class Planner {
     output.info.dtype =
         options_.dtype && IsComputeDtype(tensor.dtype) ? *options_.dtype : tensor.dtype;
     if (role.kind == TensorKind::kOther) {
-      output.ranges.push_back(Range(tensor, 0, tensor.bytes));
+      AddRange(tensor, 0, tensor.bytes, output);
     } else {
       const std::vector<int32_t>& kept = kept_[static_cast<size_t>(role.layer)];
       if (role.kind == TensorKind::kExpert) {
@@ -119,19 +121,11 @@ class Planner {
         if (at == kept.end() || *at != role.expert) return;  // dropped
         output.info.name =
             model_.RenameExpert(tensor.name, role.expert, static_cast<int32_t>(at - kept.begin()));
-        output.ranges.push_back(Range(tensor, 0, tensor.bytes));
+        AddRange(tensor, 0, tensor.bytes, output);
       } else {
         const uint64_t slice = tensor.bytes / tensor.shape[0];
         for (const int32_t expert : kept) {
-          const uint64_t offset = static_cast<uint64_t>(expert) * slice;
-          const SourceRange range = Range(tensor, offset, slice);
-          if (!output.ranges.empty() && range.replacement == nullptr &&
-              output.ranges.back().replacement == nullptr &&
-              output.ranges.back().offset + output.ranges.back().bytes == offset) {
-            output.ranges.back().bytes += slice;
-          } else {
-            output.ranges.push_back(range);
-          }
+          AddRange(tensor, static_cast<uint64_t>(expert) * slice, slice, output);
         }
         output.info.shape[0] = kept.size();
       }
@@ -139,12 +133,31 @@ class Planner {
     shard.tensors.push_back(std::move(output));
   }
 
-  SourceRange Range(const TensorInfo& tensor, uint64_t offset, uint64_t bytes) const {
-    SourceRange range{&tensor, offset, bytes};
-    if (options_.replacements != nullptr) {
-      range.replacement = options_.replacements->Find(tensor, offset);
+  // A part of a tensor behind what `output` has, with whatever replaces some of it.
+  void AddRange(const TensorInfo& tensor, uint64_t offset, uint64_t bytes,
+                OutputTensor& output) const {
+    for (const uint64_t limit = offset + bytes; offset < limit;) {
+      uint64_t end = limit;
+      SourceRange range{.tensor = &tensor, .offset = offset};
+      if (options_.replacements != nullptr) {
+        range.replacement = options_.replacements->Find(tensor, offset, limit, end);
+      }
+      range.bytes = end - offset;
+      if (range.replacement != nullptr) {
+        const uint64_t stored = DtypeBits(tensor.dtype), there = DtypeBits(range.dtype());
+        range.skip = (offset - range.replacement->source_offset) * there / stored;
+        range.bytes = range.bytes * there / stored;
+      }
+      const bool follows = !output.ranges.empty() && range.replacement == nullptr &&
+                           output.ranges.back().replacement == nullptr &&
+                           output.ranges.back().offset + output.ranges.back().bytes == offset;
+      if (follows) {
+        output.ranges.back().bytes += range.bytes;
+      } else {
+        output.ranges.push_back(range);
+      }
+      offset = end;
     }
-    return range;
   }
 
   // Names are kept; if a shard lost all its tensors the others are numbered anew.

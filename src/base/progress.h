@@ -14,7 +14,8 @@ struct ProgressEvent {
   int64_t num_layers = 0;
   int64_t work_done = 0;  // tokens x layers (or bytes) finished
   int64_t work_total = 0;
-  bool bytes = false;  // work counts bytes instead of tokens x layers
+  bool bytes = false;     // work counts bytes instead of tokens x layers
+  std::string note = {};  // shown behind the numbers, e.g. a loss
 };
 
 // Everything a long computation needs to talk to its caller. `interrupted` is polled between tiles.

@@ -49,6 +49,28 @@ void RunMatMulTask(const MatMulTask& task) {
   }
 }
 
+// Y = X W: the same order of sums with W's rows in place of its columns.
+void RunTransposedTask(const MatMulTask& task) {
+  constexpr auto kRows = static_cast<int64_t>(kTileRows);
+  constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
+  HWY_ALIGN float w_tile[kBlockColumns * kColumns];
+  const int64_t k = task.w->rows;
+  for (int64_t first_k = 0; first_k < k; first_k += kBlockColumns) {
+    const int64_t block = std::min(kBlockColumns, k - first_k);
+    const float* a_block = task.packed + first_k * task.panels * kRows;
+    for (int64_t column = task.first_column; column < task.end_column; column += kColumns) {
+      WidenPlainTile(*task.w, first_k, column, block, w_tile);
+      const int64_t columns = std::min(kColumns, task.end_column - column);
+      for (int64_t panel = task.first_panel; panel < task.end_panel; ++panel) {
+        const int64_t row = panel * kRows;
+        ComputeTile(a_block + panel * block * kRows, w_tile, block,
+                    std::min(kRows, task.rows - row), columns, task.y + row * task.ld_y + column,
+                    task.ld_y, first_k > 0);
+      }
+    }
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace winnow
 HWY_AFTER_NAMESPACE();
@@ -58,6 +80,7 @@ namespace winnow {
 namespace {
 
 HWY_EXPORT(RunMatMulTask);
+HWY_EXPORT(RunTransposedTask);
 
 }  // namespace
 
@@ -75,6 +98,20 @@ void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, 
 void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y) {
   for (const MatMulTask& task : MakeMatMulTasks(x, w, y, ld_y, 1)) {
     HWY_DYNAMIC_DISPATCH(RunMatMulTask)(task);
+  }
+}
+
+void MatMulTransposed(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y,
+                      ThreadPool& pool) {
+  const std::vector<MatMulTask> tasks = MakeMatMulTasks(x, w, y, ld_y, pool.num_threads(), true);
+  pool.Run(static_cast<int64_t>(tasks.size()), [&](int64_t task, int) {
+    HWY_DYNAMIC_DISPATCH(RunTransposedTask)(tasks[static_cast<size_t>(task)]);
+  });
+}
+
+void MatMulTransposedSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y) {
+  for (const MatMulTask& task : MakeMatMulTasks(x, w, y, ld_y, 1, true)) {
+    HWY_DYNAMIC_DISPATCH(RunTransposedTask)(task);
   }
 }
 

@@ -34,6 +34,9 @@ class PackedRows {
   void PackSwiGlu(const float* gate, const float* up, int64_t rows, int64_t k, int64_t ld,
                   ThreadPool& pool);
 
+  // The columns of x [k, rows] with stride `ld` as rows: X^T, for gradients of weights.
+  void PackTransposed(const float* x, int64_t rows, int64_t k, int64_t ld, ThreadPool& pool);
+
   int64_t rows() const { return rows_; }
   int64_t k() const { return k_; }
   int64_t panel_rows() const { return panel_rows_; }
@@ -64,6 +67,12 @@ void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, 
 
 // MatMul in f32 for one caller thread, for use inside a task of a pool (attention heads).
 void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
+
+// Y = X W, for gradients: y[i, j] = sum_r x[i, r] w[r, j], W [k, n] as stored, so that neither W
+// nor activations are transposed in memory. Always f32. The second form is for a task of a pool.
+void MatMulTransposed(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y,
+                      ThreadPool& pool);
+void MatMulTransposedSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
 
 // For one to eight rows, where reading W is the cost: y[i, j] as above, each element summed in an
 // order that depends on k alone (not the order MatMul uses). x [rows, k] contiguous.

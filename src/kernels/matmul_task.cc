@@ -45,28 +45,29 @@ TaskSize ChooseTaskSize(int64_t panels, int64_t n, int64_t k, const TileShape& t
 }  // namespace
 
 std::vector<MatMulTask> MakeMatMulTasks(const PackedRows& x, const WeightMatrix& w, float* y,
-                                        int64_t ld_y, int num_threads) {
+                                        int64_t ld_y, int num_threads, bool transposed) {
   const TileShape tile = ActiveTileShape();
-  if (w.cols != x.k()) {
+  const int64_t k = transposed ? w.rows : w.cols, n = transposed ? w.cols : w.rows;
+  if (k != x.k()) {
     throw RuntimeError("product of packed rows with k=" + std::to_string(x.k()) +
-                       " and a weight of " + std::to_string(w.cols) + " columns");
+                       " and a weight that is summed over " + std::to_string(k));
   }
   if (!IsComputeDtype(w.dtype)) {
     throw RuntimeError("product with a weight stored as " + std::string(DtypeName(w.dtype)));
   }
-  if (x.rows() == 0 || w.rows == 0) return {};
+  if (x.rows() == 0 || n == 0) return {};
   if (x.panel_rows() != tile.rows) {
     throw RuntimeError("rows were packed for another instruction set than the one in use");
   }
-  if (w.cols == 0) {  // sums of nothing
-    for (int64_t i = 0; i < x.rows(); ++i) std::fill_n(y + i * ld_y, w.rows, 0.0f);
+  if (k == 0) {  // sums of nothing
+    for (int64_t i = 0; i < x.rows(); ++i) std::fill_n(y + i * ld_y, n, 0.0f);
     return {};
   }
   const int64_t panels = CeilDiv(x.rows(), tile.rows);
-  const TaskSize size = ChooseTaskSize(panels, w.rows, w.cols, tile, num_threads);
+  const TaskSize size = ChooseTaskSize(panels, n, k, tile, num_threads);
   std::vector<MatMulTask> tasks;
   // Tasks that share rows of W follow each other, so that only the first reads them from memory.
-  for (int64_t column = 0; column < w.rows; column += size.columns) {
+  for (int64_t column = 0; column < n; column += size.columns) {
     for (int64_t panel = 0; panel < panels; panel += size.panels) {
       tasks.push_back({.packed = x.data(),
                        .rows = x.rows(),
@@ -77,7 +78,8 @@ std::vector<MatMulTask> MakeMatMulTasks(const PackedRows& x, const WeightMatrix&
                        .first_panel = panel,
                        .end_panel = std::min(panels, panel + size.panels),
                        .first_column = column,
-                       .end_column = std::min(w.rows, column + size.columns)});
+                       .end_column = std::min(n, column + size.columns),
+                       .transposed = transposed});
     }
   }
   return tasks;

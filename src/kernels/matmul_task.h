@@ -18,6 +18,7 @@ struct MatMulTask {
   int64_t ld_y;
   int64_t first_panel, end_panel;    // of X
   int64_t first_column, end_column;  // of Y; first_column is a multiple of the tile's
+  bool transposed = false;           // Y = X W: W's rows are summed over, its columns are Y's
 };
 
 // One block of columns of a task's panels, at most.
@@ -27,6 +28,6 @@ inline constexpr int64_t kMaxPanelBytes = 384 << 10;
 // RuntimeError if x and w do not fit together. The cut moves work between threads and caches, never
 // results.
 std::vector<MatMulTask> MakeMatMulTasks(const PackedRows& x, const WeightMatrix& w, float* y,
-                                        int64_t ld_y, int num_threads);
+                                        int64_t ld_y, int num_threads, bool transposed = false);
 
 }  // namespace winnow

@@ -222,6 +222,25 @@ void PackedRows::PackGathered(const float* x, std::span<const int32_t> index, in
   });
 }
 
+void PackedRows::PackTransposed(const float* x, int64_t rows, int64_t k, int64_t ld,
+                                ThreadPool& pool) {
+  Reserve(rows, k);
+  const int64_t panels = NumPanels(rows, panel_rows_);
+  // A task takes a block of x's rows, so that each is read from end to end.
+  pool.Run((k + kBlockColumns - 1) / kBlockColumns, [&](int64_t block, int) {
+    const int64_t first = block * kBlockColumns, columns = std::min(kBlockColumns, k - first);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t row = panel * panel_rows_, count = std::min(panel_rows_, rows - row);
+      float* out = buffer_.data() + (first * panels + panel * columns) * panel_rows_;
+      const float* from = x + first * ld + row;
+      for (int64_t c = 0; c < columns; ++c, from += ld, out += panel_rows_) {
+        for (int64_t r = 0; r < count; ++r) out[r] = from[r];
+        for (int64_t r = count; r < panel_rows_; ++r) out[r] = 0;
+      }
+    }
+  });
+}
+
 void PackedRows::PackSwiGlu(const float* gate, const float* up, int64_t rows, int64_t k, int64_t ld,
                             ThreadPool& pool) {
   Reserve(rows, k);

@@ -213,7 +213,44 @@ HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t firs
   }
 }
 
-// The same of a bf16 weight in pairs of columns: out [kBlockColumns / 2][kTileColumns].
+// out [rows][kTileColumns] = W rows [first_row, first_row + rows), columns [first_column,
+// first_column + kTileColumns), zeros past W's last: what a product with W itself, not its
+// transpose, reads. The rows of the next columns are asked for meanwhile.
+template <Dtype kDtype>
+HWY_NOINLINE void WidenPlainTileAs(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                                   int64_t rows, float* out) {
+  constexpr auto kElement = static_cast<int64_t>(kElementBytes<kDtype>);
+  const DF d;
+  const int64_t columns = std::min(static_cast<int64_t>(kTileColumns), w.cols - first_column);
+  const int64_t row_bytes = w.stride() * kElement;
+  const std::byte* from = w.data + first_row * row_bytes + first_column * kElement;
+  for (int64_t r = 0; r < rows; ++r, from += row_bytes, out += kTileColumns) {
+    if (columns == static_cast<int64_t>(kTileColumns)) {
+      __builtin_prefetch(from + static_cast<int64_t>(kTileColumns) * kElement, 0, 2);
+      hn::Store(Widen<kDtype>(from), d, out);
+      hn::Store(Widen<kDtype>(from + static_cast<int64_t>(kLanes) * kElement), d, out + kLanes);
+      continue;
+    }
+    const auto left = static_cast<size_t>(columns);
+    hn::Store(left >= kLanes ? Widen<kDtype>(from) : WidenPartial<kDtype>(from, left), d, out);
+    const std::byte* second = from + static_cast<int64_t>(kLanes) * kElement;
+    hn::Store(left > kLanes ? WidenPartial<kDtype>(second, left - kLanes) : hn::Zero(d), d,
+              out + kLanes);
+  }
+}
+
+HWY_INLINE void WidenPlainTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                               int64_t rows, float* out) {
+  if (w.dtype == Dtype::kF32) {
+    WidenPlainTileAs<Dtype::kF32>(w, first_row, first_column, rows, out);
+  } else if (w.dtype == Dtype::kBF16) {
+    WidenPlainTileAs<Dtype::kBF16>(w, first_row, first_column, rows, out);
+  } else {
+    WidenPlainTileAs<Dtype::kF16>(w, first_row, first_column, rows, out);
+  }
+}
+
+// WidenTile of a bf16 weight in pairs of columns: out [kBlockColumns / 2][kTileColumns].
 HWY_INLINE void PairTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
                          int64_t columns, uint32_t* out) {
   const std::byte* rows[kTileColumns];

@@ -217,7 +217,7 @@ LayerReader::~LayerReader() {
   state_->thread.join();
 }
 
-const LayerWeights& LayerReader::Get(int64_t layer) {
+const LayerWeights& LayerReader::Get(int64_t layer, int64_t next) {
   State& s = *state_;
   if (s.options.keep_resident || !s.options.prefetch) {
     Slot& slot = s.slots[s.options.keep_resident ? static_cast<size_t>(layer) : 0];
@@ -243,8 +243,8 @@ const LayerWeights& LayerReader::Get(int64_t layer) {
     if (s.failure) std::rethrow_exception(std::exchange(s.failure, nullptr));
   }
   s.wait_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  const int64_t next = layer + 1;
-  if (next < s.model.config().num_layers() && s.slots[1 - here].layer != next) {
+  if (next >= 0 && next != layer && next < s.model.config().num_layers() &&
+      s.slots[1 - here].layer != next) {
     s.target = 1 - here;
     s.wanted = next;
     s.changed.notify_all();

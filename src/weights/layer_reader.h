@@ -30,7 +30,9 @@ class LayerReader {
 
   // The weights of `layer`; valid until the next call. Reading ahead assumes ascending layers,
   // wrapping around to the first.
-  const LayerWeights& Get(int64_t layer);
+  const LayerWeights& Get(int64_t layer) { return Get(layer, layer + 1); }
+  // The same for callers that go through layers in another order: `next` is read ahead.
+  const LayerWeights& Get(int64_t layer, int64_t next);
   // Bytes of weights read from disk so far.
   uint64_t bytes_read() const;
   // Seconds the callers of Get waited for the disk.
