@@ -15,7 +15,7 @@ constexpr int kModel = 3;
 constexpr int kResource = 4;
 
 const char* const kVerbs[] = {"inspect", "doctor",   "observe", "plan",     "apply", "eval",
-                              "run",     "compress", "stats",   "tokenize", "trace"};
+                              "run",     "compress", "stats",   "tokenize", "trace", "finetune"};
 
 void WriteText(const std::string& path, const std::string& content) {
   std::ofstream(path, std::ios::binary) << content;

@@ -3,7 +3,8 @@
 // at which files appear; tools/kill_resume.py takes random ones on larger models.
 #include <gtest/gtest.h>
 
-#include <csignal>
+#include <fstream>
+#include <iterator>
 
 #include "run_program.h"
 
@@ -101,6 +102,61 @@ TEST(Resume, AnotherTextOrFlagIsNotMixedIn) {
   }
   ASSERT_EQ(RunWinnow(with_other_text(folder / "undisturbed")).exit_code, 0);
   EXPECT_TRUE(ReadFolder(out) == ReadFolder(folder / "undisturbed"));
+}
+
+std::string ReadText(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// Weights, log and curve, killed once the log has so many bytes.
+TEST(Resume, FinetuneKilledEndsWithTheSameBytes) {
+  const TemporaryFolder folder;
+  const auto finetune = [&](const std::string& out) {
+    return Arguments{"finetune",
+                     SampleModel(),
+                     "--data",
+                     CalibrationText("prose"),
+                     "--train",
+                     "router,norms",
+                     "--block",
+                     "64",
+                     "--batch",
+                     "2",
+                     "--steps",
+                     "5",
+                     "--eval-every",
+                     "2",
+                     "--log",
+                     out + ".jsonl",
+                     "--curve",
+                     out + ".svg",
+                     "-q",
+                     "--checkpoint-seconds",
+                     "0",
+                     "-o",
+                     out};
+  };
+  const std::string whole = folder / "undisturbed";
+  const ProgramResult undisturbed = RunWinnow(finetune(whole));
+  ASSERT_EQ(undisturbed.exit_code, 0) << undisturbed.err;
+  const auto expected = ReadFolder(whole);
+  for (const size_t bytes : {size_t{1}, size_t{300}}) {
+    const std::string out = folder / ("killed-" + std::to_string(bytes));
+    const ProgramResult first = RunWinnowUntil(finetune(out), SIGKILL, [&] {
+      return fs::exists(out + ".jsonl") && fs::file_size(out + ".jsonl") >= bytes;
+    });
+    if (first.signal == SIGKILL) {
+      ASSERT_FALSE(fs::exists(out)) << "half-written under its final name";
+      EXPECT_EQ(RunWinnow(finetune(out)).exit_code, 2) << "starting over would lose the work";
+      const ProgramResult resumed = RunWinnow(With(finetune(out), "--resume"));
+      ASSERT_EQ(resumed.exit_code, 0) << resumed.err;
+    }
+    EXPECT_TRUE(ReadFolder(out) == expected) << bytes;
+    EXPECT_EQ(ReadText(out + ".jsonl"), ReadText(whole + ".jsonl"));
+    EXPECT_EQ(ReadText(out + ".svg"), ReadText(whole + ".svg"));
+    EXPECT_FALSE(fs::exists(out + ".finetune"));
+  }
 }
 
 TEST(Resume, ApplyKilledEndsWithTheSameBytes) {
