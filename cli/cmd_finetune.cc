@@ -100,7 +100,11 @@ TrainRows MakeRows(const FinetuneFlags& flags, const Model& model) {
     data.steps = ReadStepOrder(flags.row_order, count);
     return data;
   }
-  data.held_out = HeldOutRows(count, flags.held_out.value_or(flags.published() ? 0 : 0.05));
+  // More rows would judge no better and take longer than the training.
+  constexpr double kUsualShare = 0.05, kUsualRows = 64;
+  const double usual =
+      flags.published() ? 0 : std::min(kUsualShare, kUsualRows / static_cast<double>(count));
+  data.held_out = HeldOutRows(count, flags.held_out.value_or(usual));
   std::vector<int32_t> trained;
   size_t next = 0;
   for (int32_t row = 0; row < count; ++row) {
@@ -327,7 +331,7 @@ void AddDataFlags(CLI::App& verb, FinetuneFlags& flags) {
   verb.add_option("--block", flags.block, "Tokens a row (default 512)")->check(WholeNumberFrom(2));
   verb.add_flag("--train-prompt", flags.train_prompt, "Prompts are learnt too, not answers alone");
   verb.add_option("--held-out", flags.held_out,
-                  "Share of the rows that only judge (default 0.05; cd-moe: 0)")
+                  "Share of the rows that only judge (default 0.05, at most 64 rows; cd-moe: 0)")
       ->check(NumberFromTo(0, 0.9));
   verb.add_option("--seed", flags.seed, "Seed of the row order (default 42)");
 }
