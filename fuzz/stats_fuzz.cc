@@ -1,15 +1,25 @@
-// stats.json as bytes: either refused with a ModelError, or statistics whose sizes add up.
+// stats.json as bytes, of either kind: refused with a ModelError, or statistics whose sizes add up
+// and that survive writing.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
 
 #include "base/error.h"
+#include "condense/condense_stats.h"
 #include "observe/layer_stats.h"
 #include "observe/stats_info.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace winnow;
+  try {
+    const CondenseStats stats = CondenseStatsFromJson(
+        ParseJson(std::string_view(reinterpret_cast<const char*>(data), size), "fuzz"), "fuzz");
+    const std::string written = CondenseStatsToJson(stats).dump();
+    const CondenseStats again = CondenseStatsFromJson(ParseJson(written, "written"), "written");
+    if (CondenseStatsToJson(again).dump() != written) std::abort();
+  } catch (const ModelError&) {
+  }
   try {
     const StatsInfo info = StatsInfoFromJson(
         ParseJson(std::string_view(reinterpret_cast<const char*>(data), size), "fuzz"), "fuzz");

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ./dev demo: removes a quarter of the experts of the bundled sample model and shows what that saves and
-# costs. Every command is printed before it runs; everything it writes is in demo-output/.
+# ./dev demo: removes a quarter of the experts of one bundled model, condenses two layers of another, and shows
+# what that saves and costs. Every command is printed before it runs; everything it writes is in demo-output/.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -59,6 +59,20 @@ done
 both() { for folder in "$model" "$smaller"; do json_number "$1" "demo-output/$2-${folder##*/}.json"; done; }
 both_mib() { for bytes in $(both "$@"); do mib "$bytes"; echo; done; }
 
+printf '\n%s4. Another model, another way: two layers lose their router, and learn from the original%s\n' "$bold" "$plain"
+routed=examples/sample-deepseek
+condensed=demo-output/deepseek-condensed
+tuned=demo-output/deepseek-tuned
+show "$winnow" observe "$routed" --method condense --width 4 --calib "${calib[@]}" --blocks 24 --per-document 1 --force -q \
+  -o demo-output/neurons
+show "$winnow" plan demo-output/neurons --method condense --width 4 --moe-layers 0,1 --model "$routed" --force -q -o demo-output/condense.json
+show "$winnow" apply "$routed" --plan demo-output/condense.json --force -q -o "$condensed"
+show "$winnow" finetune "$condensed" --teacher "$routed" --data "${calib[@]}" --steps 10 --lr 1e-3 --held-out 0 --force \
+  --curve demo-output/loss.svg -o "$tuned"
+for folder in "$condensed" "$tuned"; do
+  "$winnow" eval ppl "$folder" --against "$routed" --text "${text[@]}" --tokens 2048 -q --json >"demo-output/eval-${folder##*/}.json"
+done
+
 printf '\n%sWhat it saved and what it cost%s\n' "$bold" "$plain"
 {
   echo "|original|pruned"
@@ -74,6 +88,10 @@ printf '\n%sWhat it saved and what it cost%s\n' "$bold" "$plain"
         printf "perplexity, %s|%.2f|%.2f|%+.0f %%\n", name, part[3], part[2], (part[2] / part[3] - 1) * 100
     }'
 } | awk -F'|' '{ printf "  %-28s %12s %12s  %s\n", $1, $2, $3, $4 }'
+# mean_increase FILE: of nll over the texts.
+mean_increase() { sed 's/"difference":{"nll":/\n&/g' "$1" | awk -F'[:,]' '/^"difference"/ { sum += $3; n += 1 } END { printf "%+.3f", sum / n }'; }
+printf '  two layers condensed: nll %s; after 10 steps of learning: %s (demo-output/loss.svg)\n' \
+  "$(mean_increase demo-output/eval-deepseek-condensed.json)" "$(mean_increase demo-output/eval-deepseek-tuned.json)"
 printf '  original: %s\n  pruned:   %s\n' "$(words "$model")" "$(words "$smaller")"
 printf '  (pruned in %s s with %s of memory; the demo took %s s)\n' \
   "$(json_number seconds "$report" | awk '{ printf "%.1f", $1 }')" "$(mib "$(json_number peak_rss_bytes "$report")")" \

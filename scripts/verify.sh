@@ -71,6 +71,13 @@ check "NAEE tiny" "$share_worst" "$python" "$c/naee.py" "$WINNOW" "$data/referen
   "$data/reference/methods/naee-tiny" --skip
 check "NAEE sample" "$share_worst" "$python" "$c/naee.py" "$WINNOW" "$data/models/sample-mixtral" \
   "$data/reference/methods/naee-sample" --skip
+for size in tiny sample; do
+  model=$data/reference/methods/tiny-deepseek
+  [ $size = tiny ] || model=$data/models/sample-deepseek
+  check "CD-MoE $size" "$share_worst" "$python" "$c/cdmoe.py" "$WINNOW" "$model" "$data/reference/methods/cdmoe-$size"
+done
+check "fine-tuning" "$share_worst" "$python" "$c/finetune.py" "$WINNOW" "$data/reference/methods/tiny-deepseek" \
+  "$data/reference/methods/cdmoe-tiny" "$data/reference/methods/finetune-tiny"
 if [ -n "$with_transformers" ]; then
   step "torch and transformers" install_python torch transformers
   check "transformers" "$logits_worst" "$python" tools/roundtrip_transformers.py --winnow "$WINNOW"

@@ -397,6 +397,75 @@ TEST(Pipeline, WeightsAloneMakeAPlan) {
   EXPECT_NE(refused.err.find("is a checkpoint, not statistics"), std::string::npos) << refused.err;
 }
 
+std::string RoutedModel() {
+  return (fs::path(SampleModel()).parent_path() / "sample-deepseek").string();
+}
+
+double Nll(const std::string& model) {
+  return RunJson({"eval", "ppl", model, "--text", EvaluationText("prose"), "--tokens", "1024",
+                  "--compute", "f32"})
+      .value("nll", 0.0);
+}
+
+// CD-MoE through the program: any width from one observation, layers searched or named, and the
+// same model in parts, fused and, for the first layer, as a stock dense layer.
+TEST(Pipeline, CondensesLayersAsPublished) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", RoutedModel(), "--method", "cd-moe", "--max-experts", "2",
+                    "--compute", "f32", "-o", folder / "stats"} +
+          kCalibration);
+  const Arguments plan = {"plan", folder / "stats", "--method", "cd-moe", "--model", RoutedModel()};
+  const Json searched = RunJson(plan + Arguments{"--experts", "2", "--layers", "2"});
+  EXPECT_EQ(searched["layer_order"].size(), 2U);
+  EXPECT_EQ(searched["layer_js_candidates"][0].size(), 5U);
+  const Json by_kl =
+      RunJson(plan + Arguments{"--experts", "0", "--layers", "2", "--layer-order", "kl"});
+  EXPECT_EQ(by_kl["layer_kl"].size(), 5U);
+  MustRun(plan + Arguments{"--experts", "1", "--moe-layers", "0", "-o", folder / "first.json"});
+  const Arguments apply = {"apply", RoutedModel(), "--plan", folder / "first.json"};
+  MustRun(apply + Arguments{"-o", folder / "parts"});
+  MustRun(apply + Arguments{"--fuse", "--dtype", "f32", "--export-code", "-o", folder / "fused"});
+  MustRun(apply + Arguments{"--stock", "--dtype", "f32", "-o", folder / "stock"});
+  EXPECT_TRUE(fs::exists(fs::path(folder / "fused") / "modeling_winnow.py"));
+  const double parts = Nll(folder / "parts");
+  EXPECT_GT(parts, Nll(RoutedModel()));
+  EXPECT_NEAR(Nll(folder / "fused"), parts, 1e-5);  // the same sums in another order
+  EXPECT_NEAR(Nll(folder / "stock"), parts, 1e-5);
+  EXPECT_EQ(RunWinnow(plan + Arguments{"--experts", "3", "--layers", "2"}).exit_code, 2);
+  EXPECT_EQ(RunWinnow(plan + Arguments{"--experts", "1", "--moe-layers", "9"}).exit_code, 2);
+  EXPECT_EQ(RunWinnow({"eval", "ppl", RoutedModel(), "--plan", folder / "first.json", "--text",
+                       EvaluationText("prose")})
+                .exit_code,
+            2);
+}
+
+// By neurons with a refit, and a mix with pruned layers; then some steps of tuning from the
+// original.
+TEST(Pipeline, CondensesByNeuronsMixesAndTunes) {
+  const TemporaryFolder folder;
+  MustRun(Arguments{"observe", RoutedModel(), "--method", "condense", "--width", "3", "-o",
+                    folder / "neurons"} +
+          kCalibration);
+  MustRun(Arguments{"observe", RoutedModel(), "--stats", "full", "-o", folder / "full"} +
+          kCalibration);
+  MustRun({"plan", folder / "neurons", "--method", "condense", "--width", "2", "--layers", "1",
+           "--model", RoutedModel(), "-o", folder / "one.json"});
+  MustRun({"apply", RoutedModel(), "--plan", folder / "one.json", "-o", folder / "folded"});
+  MustRun(Arguments{"apply", RoutedModel(), "--plan", folder / "one.json", "--heal", "-o",
+                    folder / "healed"} +
+          kCalibration);
+  EXPECT_NE(Nll(folder / "healed"), Nll(folder / "folded"));
+  MustRun({"plan", folder / "full", "--method", "mix", "--with", folder / "neurons", "--total",
+           "40", "--model", RoutedModel(), "-o", folder / "mix.json"});
+  MustRun({"apply", RoutedModel(), "--plan", folder / "mix.json", "-o", folder / "mix"});
+  EXPECT_GT(Nll(folder / "mix"), Nll(RoutedModel()));
+  const Json tuned = RunJson({"finetune", folder / "folded", "--teacher", RoutedModel(), "--data",
+                              CalibrationText("prose"), "--block", "64", "--batch", "4", "--steps",
+                              "4", "--lr", "1e-3", "--held-out", "0", "-o", folder / "tuned"});
+  EXPECT_EQ(tuned["steps"], 4);
+  EXPECT_LT(Nll(folder / "tuned"), Nll(folder / "folded"));
+}
+
 TEST(Pipeline, TraceBehavesAsIfThePlanWereApplied) {
   const TemporaryFolder folder;
   MustRun(Arguments{"observe", SampleModel(), "-o", folder / "stats"} + kCalibration);

@@ -13,10 +13,12 @@
 #include "heal/ridge_refit.h"
 #include "kernels/elementwise.h"
 #include "kernels/inverse.h"
+#include "weights/fused_feed_forward.h"
 
 namespace winnow {
 namespace {
 
+constexpr uint64_t kAmple = uint64_t{1} << 40;
 constexpr int64_t kHidden = 5, kTokens = 400;
 
 // Two experts, the second used by every other token, and a residual that is mostly linear in their
@@ -214,8 +216,6 @@ std::map<std::string, std::string> HealedFiles(const fs::path& folder) {
   return files;
 }
 
-constexpr uint64_t kAmple = uint64_t{1} << 40;
-
 TEST(HealRun, RepairsEveryLayerOfEveryFamily) {
   for (const char* name : {"mixtral", "qwen2_moe", "qwen3_moe-bf16", "olmoe", "deepseek-bf16"}) {
     const Model model = Model::Open(GoldenFolder(name));
@@ -227,6 +227,56 @@ TEST(HealRun, RepairsEveryLayerOfEveryFamily) {
       EXPECT_LE(layer.error_after, layer.error_before) << name;
     }
     EXPECT_EQ(result.healed.tokens, 3 * 39);
+  }
+}
+
+// One layer condensed (shared expert and half of the neurons of expert 2), the others pruned: one
+// sweep refits both kinds; interrupted and resumed the same bytes.
+TEST(HealRun, RefitsCondensedLayersWithPrunedOnes) {
+  for (const char* name : {"mixtral", "qwen2_moe", "deepseek-bf16"}) {
+    SCOPED_TRACE(name);
+    const Model model = Model::Open(GoldenFolder(name));
+    const int32_t layer = model.config().MoeLayers().front();
+    const LayerConfig& config = model.config().layers[static_cast<size_t>(layer)];
+    HealOptions options{.kept_experts = DropLastExpert(model), .memory_budget_bytes = kAmple};
+    options.kept_experts[static_cast<size_t>(layer)].clear();
+    std::vector<FusedPart>& parts = options.condensed[layer];
+    if (config.shared_width > 0 && !model.config().shared_expert_gated) parts.push_back({});
+    std::vector<int32_t> half;
+    for (int32_t row = 0; row < config.expert_width / 2; ++row) half.push_back(2 * row);
+    parts.push_back({.expert = 2, .alpha = 0.5, .neurons = half});
+    parts.push_back({.expert = 0, .alpha = 0.2});
+    const std::vector<SourceBlocks> sources = {RandomSequences(model, 30, 40)};
+    const TestFolder folder;
+    const auto heal = [&](const char* to, int threads, bool resume, const JobControl& control) {
+      options.resume = resume;
+      ThreadPool pool(threads);
+      const HealPlan plan = PlanHeal(model, sources, options, threads);
+      return RunHeal(model, options, plan, folder.path() / to, pool, control);
+    };
+    const HealResult result = heal("one", 1, false, {});
+    EXPECT_GT(result.layers.front().lambda, 0);
+    EXPECT_LT(result.layers.front().error_after, result.layers.front().error_before);
+    const SafetensorsFile file =
+        SafetensorsFile::Open(HealedLayerPath(folder.path() / "one", layer));
+    const TensorInfo& down = file.Get(HealedTensorName(kDensePart));
+    EXPECT_EQ(down.shape,
+              (std::vector<uint64_t>{static_cast<uint64_t>(model.config().hidden_size),
+                                     static_cast<uint64_t>(FusedWidth(parts, config.expert_width,
+                                                                      config.shared_width))}));
+    heal("three", 3, false, {});
+    EXPECT_TRUE(HealedFiles(folder.path() / "three") == HealedFiles(folder.path() / "one"));
+    std::atomic<bool> interrupted{false};
+    JobControl control;
+    control.interrupted = &interrupted;
+    control.on_progress = [&](const ProgressEvent& event) { interrupted = event.layer > layer; };
+    EXPECT_THROW(heal("parts", 1, false, control), InterruptedError);
+    heal("parts", 1, true, {});
+    EXPECT_TRUE(HealedFiles(folder.path() / "parts") == HealedFiles(folder.path() / "one"));
+    // Another recipe is another run.
+    parts.back().alpha = 0.3;
+    fs::copy(folder.path() / "one", folder.path() / "other");
+    EXPECT_THROW(heal("other", 1, true, {}), UsageError);
   }
 }
 
