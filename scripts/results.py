@@ -120,6 +120,77 @@ class Measured:
         heal("NAEE, healed")
         heal("NAEE, uneven budget, healed", "--budget", "uneven", "--target", "winnow")
 
+    def condense(self, experts):
+        """The table of CD-MoE: settings, bytes, speed, and our variants of the same widths and layers."""
+        out, model = self.args.out, self.run("inspect", self.model)
+        layers = len(model["moe_layers"])
+        print(f"\n## {os.path.basename(os.path.normpath(self.model))}, condensed\n\n{layers} MoE layers of {model['num_experts']} experts,"
+              f" {model['num_experts_per_tok']} a token. Protocol `{self.protocol}`, {self.args.tokens:,} tokens of each domain. SR: the shared"
+              f" expert and {experts} experts' width; S: the shared expert's alone.\n", file=out)
+        head = f"| setting | {' | '.join(DOMAINS)} | nll increase | of published | MiB | prompt tokens/s | decode tokens/s |"
+        print(f"{head}\n|---|" + "--:|" * (len(DOMAINS) + 5), file=out, flush=True)
+        with tempfile.TemporaryDirectory(dir=self.args.work) as tmp:
+            def path(name):
+                return os.path.join(tmp, name)
+
+            self.run("observe", self.model, "--method", "cd-moe", "--max-experts", experts, *self.calibration(), "-o", path("mixed"))
+            own = path("mixed")
+            if self.args.published_ids:
+                search, alpha = self.args.published_ids
+                own = path("own")
+                self.run("observe", self.model, "--method", "cd-moe", "--max-experts", experts, "--calib", search,
+                         "--alpha-calib", alpha, "--compute", "f32", "-o", own)
+            self.run("observe", self.model, "--method", "condense", "--width", experts, *self.calibration(), "-o", path("neurons"))
+            order = self.run("plan", own, "--method", "cd-moe", "--experts", experts, "--layers", layers, "--model", self.model)["layer_order"]
+            ours = self.run("plan", path("neurons"), "--method", "condense", "--width", experts, "--layers", layers,
+                            "--model", self.model)["layer_order"]
+            self.condensed_row("original", self.model)
+            for width, kind in ((experts, "SR"), (0, "S")):
+                for count in [n for n in (1, 2, 3, layers) if width or n < 4]:
+                    self.published = None
+                    named = ",".join(map(str, order[:count]))
+                    label = f"{kind}, {count} of {layers} layers"
+                    if own != path("mixed"):
+                        self.condensed(tmp, own, "cd-moe", width, named, f"{label}: published, its own text", published=True)
+                    self.condensed(tmp, path("mixed"), "cd-moe", width, named, f"{label}: published", published=own == path("mixed"))
+                    self.condensed(tmp, path("neurons"), "condense", width, named, f"{label}: neurons, refitted", heal=True, tune=width > 0)
+                    if count == 2 and sorted(order[:2]) != sorted(ours[:2]):
+                        named = ",".join(map(str, ours[:2]))
+                        self.condensed(tmp, path("neurons"), "condense", width, named, f"{label}: the same, layers by KL", heal=True, tune=width > 0)
+
+    def condensed(self, tmp, stats, method, width, layers, label, published=False, heal=False, tune=False):
+        plan, folder = os.path.join(tmp, "condense.json"), os.path.join(tmp, "condensed")
+        self.run("plan", stats, "--method", method, "--width" if method == "condense" else "--experts", width,
+                 "--moe-layers", layers, "--model", self.model, "-o", plan, "--force")
+        self.run("apply", self.model, "--plan", plan, "-o", folder, *(["--heal", *self.calibration()] if heal else ["--fuse"]))
+        self.condensed_row(label, folder, published)
+        if tune and self.args.tune:
+            tuned = os.path.join(tmp, "tuned")
+            self.run("finetune", folder, "--teacher", self.model, "--data", *self.calib, "--steps", self.args.tune, "--batch", 16,
+                     "--lr", "1e-3", "-o", tuned)
+            self.condensed_row(f"{label}, tuned on {self.args.tune * 8192:,} tokens", tuned)
+            shutil.rmtree(tuned)
+        shutil.rmtree(folder)
+
+    def condensed_row(self, label, folder, published=False):
+        result = self.run("eval", "ppl", folder, "--against", self.model, "--protocol", self.protocol, "--compute", "f32",
+                          "--tokens", self.args.tokens, "--text", *self.texts)
+        increases = [text["difference"]["nll"] for text in result["texts"]]
+        errors = [text["difference"]["standard_error"] for text in result["texts"]]
+        mean = sum(increases) / len(increases)
+        if published:
+            self.published = mean
+        share = f"{100 * mean / self.published:.0f} %" if self.published and folder != self.model else ""
+        words = " ".join(["The old man went home and the sea was calm ."] * 40)
+        speeds = [self.run("run", folder, "-p", words, "-n", 100, "--ignore-eos") for _ in range(3)]
+        prompt = max(speed["prompt_tokens"] / speed["prompt_seconds"] for speed in speeds)
+        decode = max(99 / speed["decode_seconds"] for speed in speeds)
+        cells = [f"{text['perplexity']:.1f}" for text in result["texts"]]
+        error = math.sqrt(sum(e * e for e in errors)) / len(errors)
+        cells += [f"{mean:+.4f} +- {error:.4f}" if folder != self.model else "", share,
+                  f"{self.run('inspect', folder)['bytes'] / 2**20:.1f}", f"{prompt:.0f}", f"{decode:.0f}"]
+        print(f"| {label} | {' | '.join(cells)} |", file=self.args.out, flush=True)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -129,6 +200,9 @@ def main():
     parser.add_argument("--blocks", type=int, default=65, help="of 512 tokens, over all domains")
     parser.add_argument("--tokens", type=int, default=8192, help="of each domain to judge by")
     parser.add_argument("--methods", nargs="*", default=["frequency", "reap", "weighted-ean", "easy-ep", "aimer", "leave-one-out"])
+    parser.add_argument("--condense", type=int, metavar="EXPERTS", help="the table of condensed layers in place of pruning's")
+    parser.add_argument("--published-ids", nargs=2, metavar=("SEARCH", "ALPHA"), help="id files of the published calibration")
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="of 16 x 512 tokens, for condensed models")
     parser.add_argument("--work", help="folder for temporary files")
     parser.add_argument("-o", "--output", help="file to write; without it standard output")
     args = parser.parse_args()
@@ -138,6 +212,9 @@ def main():
               " the increase of NAEE's layer-wise choice; s and peak MiB: of planning, or of healing and writing.", file=args.out)
         for argument in args.models or [os.path.join(ROOT, "examples/sample-mixtral") + ":6,4"]:
             model, _, keeps = argument.partition(":")
+            if args.condense is not None:
+                Measured(model, args).condense(args.condense)
+                continue
             Measured(model, args).table([int(keep) for keep in keeps.split(",")])
     return 0
 

@@ -54,7 +54,7 @@ double LeastError(const Data& data, const std::vector<int64_t>& features, double
   double total = 0;
   std::vector<double> mean(k), target_mean(static_cast<size_t>(data.h));
   for (int64_t t = 0; t < data.n; ++t) {
-    const double w = data.weight[static_cast<size_t>(t)];
+    const auto w = static_cast<double>(data.weight[static_cast<size_t>(t)]);
     total += w;
     for (size_t f = 0; f < k; ++f) mean[f] += w * at(t, f);
     for (int64_t i = 0; i < data.h; ++i) {
@@ -67,7 +67,7 @@ double LeastError(const Data& data, const std::vector<int64_t>& features, double
   double error = 0;
   std::vector<double> a(k * k), b(k * static_cast<size_t>(data.h));
   for (int64_t t = 0; t < data.n; ++t) {
-    const double w = data.weight[static_cast<size_t>(t)];
+    const auto w = static_cast<double>(data.weight[static_cast<size_t>(t)]);
     for (int64_t i = 0; i < data.h; ++i) {
       const double y = static_cast<double>(data.target[static_cast<size_t>(t * data.h + i)]) -
                        target_mean[static_cast<size_t>(i)];

@@ -167,12 +167,12 @@ void JensenShannon(const float* probabilities, const CandidateStream& candidate,
 
 void JensenShannonReference(const float* probabilities, const CandidateStream& candidate,
                             int64_t rows, int64_t n, double* out, int64_t stride) {
-  const double eps = kDivergenceEpsilon;
+  const auto eps = static_cast<double>(kDivergenceEpsilon);
   std::vector<double> x(static_cast<size_t>(n));
   for (int64_t t = 0; t < rows; ++t) {
     double squares = 0, largest = -1e300, sum = 0, total = 0;
     for (int64_t i = 0; i < n; ++i) {
-      double v = candidate.base[t * n + i];
+      auto v = static_cast<double>(candidate.base[t * n + i]);
       if (candidate.addition != nullptr) {
         v += static_cast<double>(candidate.scale) *
              static_cast<double>(candidate.addition[t * n + i]);
@@ -190,7 +190,8 @@ void JensenShannonReference(const float* probabilities, const CandidateStream& c
     for (const double v : x) largest = std::max(largest, v);
     for (double& v : x) sum += v = std::exp(v - largest);
     for (int64_t i = 0; i < n; ++i) {
-      const double p = probabilities[t * n + i], q = x[static_cast<size_t>(i)] / sum;
+      const auto p = static_cast<double>(probabilities[t * n + i]);
+      const double q = x[static_cast<size_t>(i)] / sum;
       const double m = std::log((p + q) / 2 + eps);
       total += (p + eps) * (std::log(p + eps) - m) + (q + eps) * (std::log(q + eps) - m);
     }

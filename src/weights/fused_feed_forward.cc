@@ -70,8 +70,8 @@ FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart>
                    column * h + i);
         StoreFloat(dtype, LoadAsFloat(source.up.dtype, source.up.data, from * h + i), up,
                    column * h + i);
-        const double value =
-            LoadAsFloat(source.down.dtype, source.down.data, i * source_width + from);
+        const auto value = static_cast<double>(
+            LoadAsFloat(source.down.dtype, source.down.data, i * source_width + from));
         StoreFloat(dtype, static_cast<float>(part.alpha * value), down, i * w + column);
       }
       ++column;
