@@ -65,8 +65,9 @@ int RunApply(Session& session, const ApplyFlags& flags) {
   memory.Add("names and places of tensors", model.checkpoint().tensors().size() * 1024);
   memory.Add("copy buffer", uint64_t{16} << 20);
   if (rewrite.largest_built_bytes > 0) {
-    // The parts as read, and what is made of them, in another format at most twice as wide.
-    memory.Add("a condensed layer", 4 * rewrite.largest_built_bytes);
+    memory.Add("parts of a condensed layer", rewrite.largest_build_source_bytes);
+    // In the source's format, with another down projection, and in the format that is written.
+    memory.Add("a condensed layer", 3 * rewrite.largest_built_bytes);
   }
   session.RequireMemory(memory, "apply");
   session.Note(fmt::format("apply: {} -> {} experts, {} -> {}", rewrite.experts_before,

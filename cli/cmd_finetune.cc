@@ -81,6 +81,15 @@ std::vector<TrainRow> LoadRows(const FinetuneFlags& flags, const Model& model) {
                 std::make_move_iterator(more.end()));
   }
   if (rows.empty()) throw UsageError("the data give no row of two tokens", "give more text");
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const std::vector<float>& weights = rows[i].weights;
+    if (weights.empty() ||
+        std::any_of(weights.begin() + 1, weights.end(), [](float w) { return w > 0; })) {
+      continue;
+    }
+    throw UsageError(fmt::format("row {} of the data has no token that counts", i),
+                     "leave it out: there is nothing to learn from it");
+  }
   for (const TrainRow& row : rows) {
     for (const int32_t id : row.ids) {
       if (id < model.config().vocab_size) continue;
@@ -269,6 +278,11 @@ void Report(Session& session, const FinetuneFlags& flags, const TrainResult& res
 int RunFinetune(Session& session, const FinetuneFlags& flags) {
   CheckFlags(flags);
   RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model);
+  for (const std::string& file : {flags.log, flags.curve}) {
+    if (!file.empty() && !session.flags.resume) {
+      RequireFreshOutput(file, OutputKind::kFile, session.flags);
+    }
+  }
   const fs::path folder = ClaimWork(session, flags);
   const Model model = Model::Open(flags.model);
   std::optional<Model> teacher;

@@ -66,9 +66,10 @@ int RunRounds(Session& session, ObserveFlags& flags, const Model& model,
 
 int RunCondenseVerb(Session& session, ObserveFlags& flags) {
   if (flags.progressive || flags.repair_drift || flags.until_stable || flags.keep > 0 ||
-      !flags.plan.empty() || !flags.stats.empty()) {
+      !flags.plan.empty() || !flags.stats.empty() || flags.options.batch != 8) {
     throw UsageError(
-        "--method cd-moe and condense take none of --stats, --plan, --progressive, --repair-drift, "
+        "--method cd-moe and condense take none of --batch, --stats, --plan, --progressive, "
+        "--repair-drift, "
         "--until-stable, --keep",
         "they belong to methods that prune experts");
   }

@@ -104,7 +104,8 @@ int PlanCondensing(Session& session, PlanFlags& flags) {
   if (flags.objective != "unsquared" || flags.search != "auto" || flags.budget != "uniform" ||
       flags.floor > 0 || flags.no_guard || flags.all_tokens || !flags.mix.empty() ||
       flags.keep > 0 || flags.ratio > 0 || flags.compare || flags.curve || flags.active > 0 ||
-      flags.max_error > 0 || flags.quantile > 0) {
+      flags.max_error > 0 || flags.quantile > 0 || !flags.mixed.neuron_stats.empty() ||
+      flags.mixed.total > 0 || !flags.mixed.size.empty() || !flags.calibration.sources.empty()) {
     throw UsageError(
         "--method cd-moe and condense take --experts or --width, --layers or --moe-layers, "
         "--layer-order and --model",
@@ -117,7 +118,7 @@ int PlanCondensing(Session& session, PlanFlags& flags) {
                      "both say how wide a condensed layer stays, in experts");
   }
   if (neurons) choice.experts = flags.width;
-  if (IsCondenseStats(flags.stats) && ReadCondenseStats(flags.stats).method != flags.method) {
+  if (!IsCondenseStats(flags.stats) || ReadCondenseStats(flags.stats).method != flags.method) {
     throw UsageError(fmt::format("{} was not observed with --method {}", flags.stats, flags.method),
                      "plan by the method that was observed");
   }
@@ -151,7 +152,8 @@ int PlanMix(Session& session, PlanFlags& flags) {
       flags.floor > 0 || flags.no_guard || flags.keep > 0 || flags.ratio > 0 || flags.compare ||
       flags.curve || flags.active > 0 || flags.max_error > 0 || flags.quantile > 0 ||
       flags.condense.experts >= 0 || flags.width >= 0 || flags.condense.layers > 0 ||
-      !flags.moe_layers.empty() || !flags.layer_order.empty()) {
+      !flags.moe_layers.empty() || !flags.layer_order.empty() ||
+      (flags.target != "transformers" && flags.target != "winnow")) {
     throw UsageError(
         "--method mix takes --with, --model, --mix, and --total or --size",
         "how many experts each layer keeps and which are condensed is what it decides");
@@ -242,6 +244,10 @@ int RunPlan(Session& session, PlanFlags& flags) {
   }
   if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
   const fs::path folder = flags.stats;
+  if (IsCondenseStats(folder)) {
+    throw UsageError(fmt::format("{} was observed with --method cd-moe or condense", flags.stats),
+                     "plan with the same --method, or observe for pruning");
+  }
   if (fs::exists(folder / "config.json") && !fs::exists(folder / "stats.json")) {
     return PlanWithoutText(session, flags);
   }

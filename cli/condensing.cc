@@ -18,6 +18,13 @@ namespace {
 
 constexpr int64_t kPublishedExperts = 6;
 
+bool WholeExperts(const Model& model) {
+  return std::any_of(model.config().layers.begin(), model.config().layers.end(),
+                     [&](const LayerConfig& layer) {
+                       return layer.is_moe && ChoosesWholeExperts(model.config(), layer);
+                     });
+}
+
 // The paper's method rests on shared experts; without one a condensed layer has little left.
 void WarnWithoutShared(Session& session, const Model& model) {
   for (const LayerConfig& layer : model.config().layers) {
@@ -32,7 +39,7 @@ void WarnWithoutShared(Session& session, const Model& model) {
 }
 
 // The neurons of the first `width` experts' worth, by expert.
-CondensePlanOfLayer NeuronsOf(const CondenseLayer& layer, int64_t width, int64_t expert_width) {
+CondensePlanOfLayer ChosenNeurons(const CondenseLayer& layer, int64_t width, int64_t expert_width) {
   CondensePlanOfLayer condensed;
   std::map<int32_t, std::vector<int32_t>> rows;
   const auto count =
@@ -73,7 +80,8 @@ void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const
   if (choice.experts == 0) {
     for (const CondenseLayer& layer : stats.layers) {
       if (model.config().layers[static_cast<size_t>(layer.layer)].shared_width == 0) {
-        throw UsageError("--experts 0 keeps the shared expert alone, and this model has none",
+        throw UsageError(fmt::format("{} 0 keeps the shared expert alone, and this model has none",
+                                     stats.method == "condense" ? "--width" : "--experts"),
                          "keep at least one expert");
       }
     }
@@ -131,7 +139,8 @@ CondensedWeights CondensedWeightsOf(CondensePlanOfLayer condensed, int32_t layer
 CondensePlanOfLayer CondensedOf(const CondenseStats& stats, const CondenseLayer& layer,
                                 int64_t experts, const ModelConfig& config) {
   if (stats.method == "condense") {
-    return NeuronsOf(layer, experts, config.layers[static_cast<size_t>(layer.layer)].expert_width);
+    return ChosenNeurons(layer, experts,
+                         config.layers[static_cast<size_t>(layer.layer)].expert_width);
   }
   CondensePlanOfLayer condensed;
   for (int32_t e = 0; e < layer.num_experts; ++e) condensed.alphas.push_back(layer.Alpha(e));
@@ -149,6 +158,13 @@ int ObserveCondense(Session& session, const std::string& model_folder,
                     const std::string& output) {
   const Model model = Model::Open(model_folder);
   if (!flags.neurons) WarnWithoutShared(session, model);
+  if (flags.neurons && WholeExperts(model)) {
+    session.Warn(
+        fmt::format("a layer of this model has more than {} neurons: whole experts are chosen by "
+                    "least squares, "
+                    "not single neurons",
+                    kMostFeatures));
+  }
   const std::vector<SourceBlocks> search =
       LoadCalibration(session, model, model_folder, calibration);
   std::vector<SourceBlocks> alpha;
@@ -173,7 +189,7 @@ int ObserveCondense(Session& session, const std::string& model_folder,
   session.RequireMemory(plan.memory, "observe");
   if (flags.neurons) {
     session.Note(
-        fmt::format("observe: {} tokens to choose up to {} experts' worth of neurons a layer "
+        fmt::format("observe: {} tokens to choose up to {} experts' worth a layer "
                     "on; {} of memory",
                     FormatCount(static_cast<uint64_t>(plan.stats.search_tokens)),
                     options.max_experts, FormatBytes(plan.memory.total_bytes())));
@@ -250,10 +266,12 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
   plan.sources = stats.search_sources;
   plan.calibration_tokens = stats.search_tokens;
   plan.bytes_before = model.checkpoint().total_bytes();
-  const std::string what = neurons ? "neurons by least squares" : "greedy experts";
+  const std::string what = !neurons              ? "greedy experts"
+                           : WholeExperts(model) ? "whole experts by least squares"
+                                                 : "neurons by least squares";
   std::vector<int32_t> chosen = choice.moe_layers;
   if (chosen.empty() && choice.layers > 0) {
-    const TokenSet tokens = ReadSearchTokens(stats_folder);
+    const TokenSet tokens = ReadSearchTokens(stats_folder, stats);
     const LayerSearchOptions options{
         .num_layers = choice.layers,
         .compute = stats.compute == "f32" ? ComputePrecision::kF32 : ComputePrecision::kAuto,

@@ -79,7 +79,8 @@ TokenSet Thinned(const TokenSet& tokens, int64_t target) {
 // layer condensed to a sixth of its experts, not refitted, by the error that leaves of its stream.
 std::vector<double> Sensitivities(Session& session, const Model& model,
                                   const CondenseStats& neurons, const MixChoice& choice) {
-  const TokenSet tokens = Thinned(ReadSearchTokens(choice.neuron_stats), kSensitivityTokens);
+  const TokenSet tokens =
+      Thinned(ReadSearchTokens(choice.neuron_stats, neurons), kSensitivityTokens);
   const auto width_of = [&](const CondenseLayer& layer) {
     return std::min(neurons.max_experts, std::max<int64_t>(1, layer.num_experts / 6));
   };
@@ -120,6 +121,11 @@ struct MixWeights {
 
 MixInput GatherMix(Session& session, const fs::path& stats, const StatsInfo& info,
                    const MixChoice& choice, const Model& model) {
+  if (!IsCondenseStats(choice.neuron_stats)) {
+    throw UsageError(
+        fmt::format("--with {}: not statistics of observe --method condense", choice.neuron_stats),
+        "observe the model with --method condense");
+  }
   MixInput input{.info = info, .neurons = ReadCondenseStats(choice.neuron_stats)};
   CheckMix(info, input.neurons, model);
   input.total = choice.total > 0 ? choice.total : TotalWithin(model, info, choice.size);
@@ -213,6 +219,14 @@ CompressionPlan MakeMixedPlan(Session& session, const fs::path& stats, const Sta
   };
   std::optional<CompressionPlan> best;
   double least = kNever;
+  // Gone however this ends: what is healed here is only compared.
+  struct Remove {
+    const fs::path& folder;
+    ~Remove() {
+      std::error_code ignored;
+      fs::remove_all(folder, ignored);
+    }
+  } const remove{work};
   for (const Candidate& candidate : {Candidate{"the mix", {kHealedShare, 1}},
                                      Candidate{"a mix that condenses more", {2 * kHealedShare, 1}},
                                      Candidate{"pruning alone", {kHealedShare, kNever}},
@@ -234,7 +248,6 @@ CompressionPlan MakeMixedPlan(Session& session, const fs::path& stats, const Sta
       best->search = fmt::format("{}, confirmed by nll after healing", candidate.name);
     }
   }
-  fs::remove_all(work);
   return best.value();
 }
 

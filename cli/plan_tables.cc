@@ -190,6 +190,18 @@ void ComparePruning(Session& session, const fs::path& stats, const StatsInfo& in
   }
 }
 
+namespace {
+
+// "experts 3 7 1", or of how many experts how many neurons.
+std::string KeptParts(const CondensePlanOfLayer& condensed) {
+  size_t neurons = 0;
+  for (const std::vector<int32_t>& rows : condensed.neurons) neurons += rows.size();
+  return neurons > 0 ? fmt::format("{} neurons of {} experts", neurons, condensed.experts.size())
+                     : fmt::format("experts {}", fmt::join(condensed.experts, " "));
+}
+
+}  // namespace
+
 std::string DescribePlan(const CompressionPlan& plan) {
   std::string text =
       fmt::format("{}, {} over {} tokens of {}; weights {} -> {}\n", plan.method, plan.search,
@@ -209,10 +221,8 @@ std::string DescribePlan(const CompressionPlan& plan) {
   text += fmt::format("  layer  loss        margin  {}dropped experts\n", skips ? "beta    " : "");
   for (const LayerPlan& layer : plan.layers) {
     if (layer.condensed) {
-      text += fmt::format(
-          "  {:>5}  condensed to {}\n", layer.layer,
-          layer.kept.empty() ? "the shared expert"
-                             : fmt::format("experts {}", fmt::join(layer.condensed->experts, " ")));
+      text += fmt::format("  {:>5}  condensed to {}\n", layer.layer,
+                          layer.kept.empty() ? "the shared expert" : KeptParts(*layer.condensed));
       continue;
     }
     text += fmt::format(

@@ -33,9 +33,10 @@ struct Journal {
   uint64_t tensors = 0;  // of that shard
 };
 
-std::string RunFingerprint(const Model& model, const RewritePlan& rewrite,
-                           const ApplyOptions& options) {
+std::string RunFingerprint(const Model& model, const CompressionPlan& plan,
+                           const RewritePlan& rewrite, const ApplyOptions& options) {
   Fingerprint fingerprint;
+  fingerprint.Add(PlanToJson(plan).dump());
   fingerprint.Add(model.checkpoint().FingerprintHex());
   fingerprint.Add(rewrite.config_json);
   fingerprint.Add(rewrite.index_json);
@@ -60,9 +61,10 @@ std::string RunFingerprint(const Model& model, const RewritePlan& rewrite,
 
 class Rewriter {
  public:
-  Rewriter(const Model& model, const RewritePlan& rewrite, const ApplyOptions& options,
-           fs::path folder, const JobControl& control)
+  Rewriter(const Model& model, const CompressionPlan& plan, const RewritePlan& rewrite,
+           const ApplyOptions& options, fs::path folder, const JobControl& control)
       : model_(model),
+        plan_(plan),
         rewrite_(rewrite),
         options_(options),
         folder_(std::move(folder)),
@@ -93,7 +95,7 @@ class Rewriter {
  private:
   Journal LoadJournal() {
     Journal journal;
-    journal.fingerprint = RunFingerprint(model_, rewrite_, options_);
+    journal.fingerprint = RunFingerprint(model_, plan_, rewrite_, options_);
     const fs::path path = folder_ / "apply.journal";
     if (!options_.resume || !fs::exists(path)) return journal;
     const Json json = ParseJson(ReadTextFile(path), path.string());
@@ -214,6 +216,7 @@ class Rewriter {
   }
 
   const Model& model_;
+  const CompressionPlan& plan_;
   const RewritePlan& rewrite_;
   const ApplyOptions& options_;
   fs::path folder_;
@@ -307,7 +310,7 @@ ApplyResult ApplyPlan(const Model& model, const CompressionPlan& plan, const Rew
                         has_refit ? refitted->second.get() : nullptr,
                         CondensedLayerPath(folder, layer.layer));
   }
-  Rewriter rewriter(model, rewrite, options, folder, control);
+  Rewriter rewriter(model, plan, rewrite, options, folder, control);
   rewriter.WriteShards();
   for (const fs::path& file : rewrite.other_files) {
     fs::create_directories((folder / file).parent_path());

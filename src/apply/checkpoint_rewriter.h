@@ -77,8 +77,9 @@ struct RewritePlan {
   uint64_t bytes_after = 0;
   int64_t experts_before = 0, experts_after = 0;  // over all layers
   std::vector<int32_t> condensed_layers;          // decoder indices
-  uint64_t largest_built_bytes = 0;               // tensors of one condensed layer
-  int64_t stock_width = 0;                        // of dense layers, with CondensedForm::kStock
+  // Of one condensed layer: what it becomes, and what it is built of.
+  uint64_t largest_built_bytes = 0, largest_build_source_bytes = 0;
+  int64_t stock_width = 0;  // of dense layers, with CondensedForm::kStock
 };
 
 // `changes` of the model card: healing, another number format, or nothing.

@@ -150,6 +150,11 @@ TEST_P(CondensedForms, AllComputeTheSame) {
     prune.layers.push_back(kept);
   }
   if (!prune.layers.empty()) {
+    // To fewer experts than the condensed layer kept, too.
+    for (LayerPlan& kept : prune.layers) {
+      kept.kept.resize(
+          static_cast<size_t>(std::max<int64_t>(model.config().num_experts_per_tok, 1)));
+    }
     const Model smaller = Written(parts, prune, {}, folder.path() / "pruned");
     EXPECT_TRUE(smaller.config().layers[static_cast<size_t>(moe.back())].is_condensed);
     RunForward(smaller, tokens);
@@ -221,6 +226,8 @@ TEST(CondensedPlan, IsChecked) {
   expect_refused([](auto& c, auto&) { c.neurons = {{0}, {1, 0}}; });
   expect_refused([](auto& c, auto&) { c.neurons = {{0}, {100000}}; });
   expect_refused([](auto& c, auto&) { c.alphas[2] = 1e30; });
+  expect_refused([](auto& c, auto&) { c.alphas.pop_back(); });
+  expect_refused([](auto&, auto& layer_plan) { layer_plan.beta = 0.5; });
   // Without a shared expert something must stay.
   const Model mixtral = Model::Open(GoldenFolder("mixtral"));
   CompressionPlan empty = PlanOf(mixtral, {0});

@@ -71,6 +71,11 @@ class Planner {
         bytes += tensor.bytes;
       }
       out.largest_built_bytes = std::max(out.largest_built_bytes, bytes);
+      const LayerSlices& slices = model_.layers()[static_cast<size_t>(layer)];
+      const auto kept = std::max<uint64_t>(condensed.plan->kept.size(), 1);
+      out.largest_build_source_bytes =
+          std::max(out.largest_build_source_bytes,
+                   slices.CommonBytes() + slices.ExpertBytes() / slices.experts.size() * kept);
     }
     return out;
   }

@@ -8,7 +8,6 @@
 #include <memory>
 
 #include "base/error.h"
-#include "base/hash.h"
 #include "condense/neuron_pass.h"
 #include "forward/layer_sweep.h"
 #include "kernels/elementwise.h"
@@ -40,13 +39,6 @@ TokenSet JoinSources(const std::vector<SourceBlocks>& sources, const ModelConfig
     }
   }
   return tokens;
-}
-
-std::string FingerprintOf(const TokenSet& tokens) {
-  Fingerprint fingerprint;
-  fingerprint.Add(std::as_bytes(std::span(tokens.ids)));
-  fingerprint.Add(std::as_bytes(std::span(tokens.offsets)));
-  return fingerprint.Hex();
 }
 
 std::vector<std::string> NamesOf(const std::vector<SourceBlocks>& sources) {
@@ -307,10 +299,11 @@ MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan, Condense
     return memory;
   }
   memory.Add("search text: sums, inputs, intact states", 3 * HiddenStates::Bytes(search, h));
-  memory.Add(
-      plan.spill_outputs ? "outputs of an expert, one tile (the rest on disk)"
-                         : "outputs of all experts of a layer",
-      plan.spill_outputs ? HiddenStates::Bytes(tile, h) : ExpertOutputs::Bytes(experts, search, h));
+  memory.Add(plan.spill_outputs ? "outputs of an expert, one tile (the rest on disk)"
+                                : "outputs of all experts of a layer",
+             plan.spill_outputs
+                 ? HiddenStates::Bytes(std::max(tile, std::min(search, kSearchChunkTokens)), h)
+                 : ExpertOutputs::Bytes(experts, search, h));
   memory.Add("divergences", ExpertSearchBytes(search, experts, h, num_threads));
   memory.Add("token ids", static_cast<uint64_t>(search + alpha) * 8);
   memory.Add("work of a tile",
@@ -369,6 +362,9 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
   };
   for (const Way& way : {Way{true, false, false}, Way{false, false, false}, Way{true, false, true},
                          Way{false, false, true}, Way{true, true, true}, Way{false, true, true}}) {
+    if (way.spill_outputs && options.method == CondenseMethod::kNeurons && !way.spill_streams) {
+      continue;  // it keeps no outputs
+    }
     plan.prefetch = way.prefetch;
     plan.spill_streams = way.spill_streams;
     plan.spill_outputs = way.spill_outputs;
@@ -379,7 +375,7 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
   const uint64_t streams =
       HiddenStates::Bytes(plan.search.num_tokens() + plan.alpha.num_tokens(), config.hidden_size);
   plan.disk_bytes = streams * (plan.spill_streams ? 3 : 2);
-  if (plan.spill_outputs) {
+  if (plan.spill_outputs && options.method == CondenseMethod::kExperts) {
     plan.disk_bytes += ExpertOutputs::Bytes(experts, plan.search.num_tokens(), config.hidden_size);
   }
   return plan;

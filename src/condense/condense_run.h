@@ -18,6 +18,10 @@
 
 namespace winnow {
 
+// Whether a layer of a model has too many neurons for their moments, so that `kNeurons` chooses
+// whole experts in it.
+bool ChoosesWholeExperts(const ModelConfig& config, const LayerConfig& layer);
+
 enum class CondenseMethod : uint8_t {
   kExperts,  // CD-MoE's greedy search of whole experts
   kNeurons,  // single neurons of all experts by least squares (neuron_choice.h)

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "checkpoint/safetensors_writer.h"
 #include "text/text_source.h"
 
@@ -67,7 +68,7 @@ class Fields {
   }
 
  private:
-  static constexpr const char* kHint = "observe again with --method cd-moe";
+  static constexpr const char* kHint = "observe again with the same --method";
   const Json& json_;
   std::string where_;
 };
@@ -92,8 +93,8 @@ CondenseLayer LayerFromJson(const Fields& fields, int64_t num_layers, int64_t ma
   const std::vector<double> divergence = fields.Numbers("js", fields.List("js"));
   const Json& candidates = fields.List("js_candidates");
   if (divergence.size() != chosen.size() || candidates.size() != chosen.size() ||
-      std::ssize(chosen) > std::min(max_experts, layer.num_experts)) {
-    fields.Fail("experts", "as many as js and js_candidates, at most max_experts");
+      std::ssize(chosen) != std::min(max_experts, layer.num_experts)) {
+    fields.Fail("experts", "as many as js and js_candidates, max_experts of them");
   }
   std::vector<bool> seen(experts);
   for (size_t s = 0; s < chosen.size(); ++s) {
@@ -269,7 +270,28 @@ void CheckCondenseStats(const CondenseStats& stats, const Model& model) {
   }
   if (!same) {
     throw ModelError("the statistics name other layers than the model has",
-                     "observe again with --method cd-moe");
+                     "observe again with the same --method");
+  }
+  if (stats.method != kNeurons) return;
+  for (const CondenseLayer& layer : stats.layers) {
+    const LayerConfig& config = model.config().layers[static_cast<size_t>(layer.layer)];
+    const int64_t width = config.expert_width;
+    std::vector<uint8_t> seen(static_cast<size_t>(layer.num_experts * width));
+    bool plausible =
+        std::ssize(layer.neuron_rows) == std::min(stats.max_experts, layer.num_experts) * width;
+    for (size_t i = 0; plausible && i < layer.neuron_rows.size(); ++i) {
+      const int64_t neuron = layer.neuron_experts[i] * width + layer.neuron_rows[i];
+      plausible = layer.neuron_rows[i] < width && seen[static_cast<size_t>(neuron)]++ == 0;
+    }
+    for (const std::vector<double>& alphas : layer.width_alphas) {
+      for (const double alpha : alphas) plausible = plausible && std::abs(alpha) <= 1e6;
+    }
+    if (!plausible) {
+      throw ModelError(fmt::format("the statistics of layer {} do not fit the model: expected {} "
+                                   "different neurons of experts of {} and moderate weights",
+                                   layer.layer, stats.max_experts * width, width),
+                       "observe again with --method condense");
+    }
   }
 }
 
@@ -280,9 +302,26 @@ void WriteSearchTokens(const fs::path& folder, const TokenSet& tokens) {
   WriteSafetensors(folder / kTokensName, tensors);
 }
 
-TokenSet ReadSearchTokens(const fs::path& folder) {
+TokenSet ReadSearchTokens(const fs::path& folder, const CondenseStats& stats) {
+  if (!fs::exists(folder / kTokensName)) {
+    throw ModelError(fmt::format("{}: {} is missing", folder.string(), kTokensName),
+                     "the statistics are incomplete: observe again");
+  }
   const TokenSequences sequences = ReadTokenIds(folder / kTokensName);
-  return {sequences.ids, sequences.offsets};
+  TokenSet tokens{sequences.ids, sequences.offsets};
+  if (FingerprintOf(tokens) != stats.search_fingerprint) {
+    throw ModelError(
+        fmt::format("{}: {} is not the text that was observed", folder.string(), kTokensName),
+        "observe again");
+  }
+  return tokens;
+}
+
+std::string FingerprintOf(const TokenSet& tokens) {
+  Fingerprint fingerprint;
+  fingerprint.Add(std::as_bytes(std::span(tokens.ids)));
+  fingerprint.Add(std::as_bytes(std::span(tokens.offsets)));
+  return fingerprint.Hex();
 }
 
 }  // namespace winnow

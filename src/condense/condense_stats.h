@@ -62,6 +62,8 @@ CondenseStats ReadCondenseStats(const fs::path& folder);
 void CheckCondenseStats(const CondenseStats& stats, const Model& model);
 
 void WriteSearchTokens(const fs::path& folder, const TokenSet& tokens);
-TokenSet ReadSearchTokens(const fs::path& folder);
+// ModelError if it is not the text that was observed.
+TokenSet ReadSearchTokens(const fs::path& folder, const CondenseStats& stats);
+std::string FingerprintOf(const TokenSet& tokens);
 
 }  // namespace winnow

@@ -65,7 +65,7 @@ TEST(CondensePublished, WeightsDivergencesAndOrders) {
 TEST(CondensePublished, LayerOrders) {
   const TestFolder folder;
   const CondenseStats stats = Observe(folder.path() / "stats", 2);
-  const TokenSet tokens = ReadSearchTokens(folder.path() / "stats");
+  const TokenSet tokens = ReadSearchTokens(folder.path() / "stats", stats);
   const Model model = CdMoeModel();
   const Json reference = CdMoeReference();
   ThreadPool pool(2);
@@ -217,6 +217,14 @@ TEST(CondenseStats, DamageIsNamed) {
   expect_refused([](OrderedJson& j) { j["layers"][0]["alpha_sum"].erase(0); });
   expect_refused([](OrderedJson& j) { j["layers"][1]["layer"] = 1; });
   expect_refused([](OrderedJson& j) { j["max_experts"] = 1; });
+  expect_refused([](OrderedJson& j) {
+    for (const char* key : {"experts", "js", "js_candidates"}) j["layers"][2][key].clear();
+  });
+  // The text that layers are searched on must be the one observed.
+  TokenSet other = ReadSearchTokens(folder.path() / "stats", stats);
+  other.ids[3] += 1;
+  WriteSearchTokens(folder.path() / "stats", other);
+  EXPECT_THROW(ReadSearchTokens(folder.path() / "stats", stats), ModelError);
 }
 
 }  // namespace

@@ -17,7 +17,10 @@ ExpertOutputs::ExpertOutputs(int64_t num_experts, int64_t num_tokens, int64_t hi
 float* ExpertOutputs::Rows(int64_t expert, int64_t first, int64_t count) {
   if (!file_) return memory_.data() + Offset(expert, first);
   const auto floats = static_cast<size_t>(count * hidden_);
-  if (memory_.size() < floats) memory_ = AlignedBuffer<float>(floats);
+  if (memory_.size() < floats) {
+    memory_ = AlignedBuffer<float>();  // not both at once
+    memory_ = AlignedBuffer<float>(floats);
+  }
   return memory_.data();
 }
 

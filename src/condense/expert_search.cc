@@ -9,8 +9,7 @@
 namespace winnow {
 namespace {
 
-constexpr int64_t kRows = 64;           // a task
-constexpr int64_t kChunkTokens = 4096;  // of an expert's rows in hand
+constexpr int64_t kRows = 64;  // a task
 
 // Calls body(first, end, worker) for row ranges in parallel.
 template <class Body>
@@ -51,8 +50,8 @@ std::vector<GreedyStep> SearchExperts(const ExpertSearchInput& input, ThreadPool
   AlignedBuffer<float> scratch(static_cast<size_t>(pool.num_threads()) * static_cast<size_t>(h));
   while (std::ssize(steps) < input.max_experts && !left.empty()) {
     const int64_t candidates = std::ssize(left);
-    for (int64_t begin = 0; begin < tokens; begin += kChunkTokens) {
-      const int64_t count = std::min(kChunkTokens, tokens - begin);
+    for (int64_t begin = 0; begin < tokens; begin += kSearchChunkTokens) {
+      const int64_t count = std::min(kSearchChunkTokens, tokens - begin);
       for (int64_t c = 0; c < candidates; ++c) {
         control.Poll();
         const int32_t expert = left[static_cast<size_t>(c)];
@@ -79,8 +78,8 @@ std::vector<GreedyStep> SearchExperts(const ExpertSearchInput& input, ThreadPool
     }
     step.chosen = left[best];
     step.divergence = step.candidates[best];
-    for (int64_t begin = 0; begin < tokens; begin += kChunkTokens) {
-      const int64_t count = std::min(kChunkTokens, tokens - begin);
+    for (int64_t begin = 0; begin < tokens; begin += kSearchChunkTokens) {
+      const int64_t count = std::min(kSearchChunkTokens, tokens - begin);
       const float* rows = input.outputs.Load(step.chosen, begin, count);
       const auto alpha = static_cast<float>(input.alphas[static_cast<size_t>(step.chosen)]);
       ForRows(pool, begin, count, [&](int64_t first, int64_t end, int) {

@@ -36,6 +36,9 @@ struct GreedyStep {
   std::vector<double> candidates;  // in ascending index of what was left
 };
 
+// Of an expert's outputs in hand while searching.
+inline constexpr int64_t kSearchChunkTokens = 4096;
+
 std::vector<GreedyStep> SearchExperts(const ExpertSearchInput& input, ThreadPool& pool,
                                       const JobControl& control);
 

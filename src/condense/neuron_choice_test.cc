@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <functional>
 #include <random>
 
+#include "base/error.h"
 #include "condense/test_support.h"
 
 namespace winnow {
@@ -228,6 +230,18 @@ TEST_P(NeuronPass, ChoosesForEveryFamily) {
   ExpectSameContent(folder.path() / "1", folder.path() / "3");
   EXPECT_EQ(CondenseStatsToJson(ReadCondenseStats(folder.path() / "1")),
             CondenseStatsToJson(runs[0]));
+  EXPECT_NO_THROW(CheckCondenseStats(runs[0], model));
+  for (const auto& damage : std::vector<std::function<void(CondenseLayer&)>>{
+           [](CondenseLayer& l) { l.neuron_rows[0] = 50'000'000; },
+           [](CondenseLayer& l) {
+             l.neuron_rows[1] = l.neuron_rows[0], l.neuron_experts[1] = l.neuron_experts[0];
+           },
+           [](CondenseLayer& l) { l.neuron_rows.pop_back(), l.neuron_experts.pop_back(); },
+           [](CondenseLayer& l) { l.width_alphas[1][0] = 1e300; }}) {
+    CondenseStats bad = runs[0];
+    damage(bad.layers[0]);
+    EXPECT_THROW(CheckCondenseStats(bad, model), ModelError);
+  }
   for (const CondenseLayer& layer : runs[0].layers) {
     ASSERT_EQ(layer.width_errors.size(), 3u);
     EXPECT_GT(layer.width_errors[0], layer.width_errors[1]);

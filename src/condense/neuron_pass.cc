@@ -283,6 +283,10 @@ class LayerPass {
 
 }  // namespace
 
+bool ChoosesWholeExperts(const ModelConfig& config, const LayerConfig& layer) {
+  return NumFeatures(config, layer) > kMostFeatures;
+}
+
 CondenseLayer ChooseLayerNeurons(const Model& model, int64_t layer, const LayerWeights& weights,
                                  int64_t max_width, LayerSweep& sweep, HiddenStates& stream,
                                  ThreadPool& pool, const JobControl& control) {

@@ -367,6 +367,14 @@ void CheckCondensed(const LayerPlan& layer, const ModelConfig& config, const std
         fmt::format("{}: nothing is left of the layer, which has no shared expert", where),
         "keep at least one expert");
   }
+  if (layer.beta) {
+    throw UsageError(
+        fmt::format("{}: a condensed layer skips no experts, it has no `beta`", where));
+  }
+  if (!condensed.experts.empty() && std::ssize(condensed.alphas) != of.num_experts) {
+    throw UsageError(fmt::format("{}: `alpha` must have a number or null for each of {} experts",
+                                 where, of.num_experts));
+  }
   for (const double alpha : AlphasOf(condensed)) {
     if (!(std::abs(alpha) <= 1e6)) {
       throw UsageError(fmt::format("{}: alpha is {}, expected a moderate number", where, alpha));

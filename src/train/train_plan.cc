@@ -45,6 +45,14 @@ TrainPlan PlanTrain(const Model& model, const TrainRows& rows, const TrainOption
   for (const std::vector<int32_t>& step : rows.steps) {
     Measure(rows, step, options.pass.micro_batch, sizes);
   }
+  const size_t group = rows.steps.empty() ? 1 : rows.steps.front().size();
+  for (size_t first = 0; first < rows.held_out.size(); first += group) {
+    const size_t end = std::min(rows.held_out.size(), first + group);
+    Measure(rows,
+            {rows.held_out.begin() + static_cast<std::ptrdiff_t>(first),
+             rows.held_out.begin() + static_cast<std::ptrdiff_t>(end)},
+            options.pass.micro_batch, sizes);
+  }
   int64_t lowest = layers, compared = 0;
   std::vector<uint8_t> trained(static_cast<size_t>(layers));
   uint64_t count = 0;
