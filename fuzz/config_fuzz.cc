@@ -20,7 +20,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (!(config.rope.theta > 0) || !(config.rms_norm_eps >= 0)) std::abort();
     if (config.attention_window < 0 || (config.clip_qkv && !(*config.clip_qkv > 0))) std::abort();
     for (const LayerConfig& layer : config.layers) {
-      if (!layer.is_moe && layer.dense_width < 1) std::abort();
+      // A condensed layer has something left, be it its shared expert.
+      const int64_t left = layer.dense_width + layer.num_experts + layer.shared_width;
+      if (!layer.is_moe && (layer.is_condensed ? left : layer.dense_width) < 1) std::abort();
       if (!layer.is_moe) continue;
       if (layer.expert_width < 1 || layer.shared_width < 0) std::abort();
       if (config.num_experts_per_tok < 1 || layer.num_experts < config.num_experts_per_tok) {
