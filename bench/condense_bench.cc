@@ -109,10 +109,8 @@ void BenchBlock(ComputePrecision precision, int threads, int rounds) {
     recipe.push_back({.expert = e, .alpha = 0.07});
   }
   const LayerWeights parts = moe.Condensed(kept, std::vector<float>(kKept, 0.07f));
-  const FusedFeedForward dense = FuseParts(moe, recipe, Dtype::kBF16);
-  LayerWeights fused = moe.Condensed({}, {});
-  fused.shared = {};
-  fused.dense = dense.weights;
+  FusedFeedForward storage;
+  const LayerWeights fused = FusedLayer(moe, recipe, storage);
   std::vector<float> start(static_cast<size_t>(kTokens * kHidden));
   for (float& value : start) value = make.Unit();
   FeedForwardBlock block(config, pool, precision);

@@ -141,9 +141,7 @@ int PlanCondensing(Session& session, PlanFlags& flags) {
                      "leave --target out; see apply --stock and --export-code");
   }
   if (!flags.output.empty()) RequireFreshOutput(flags.output, OutputKind::kFile, session.flags);
-  const fs::path parent =
-      flags.output.empty() ? fs::temp_directory_path() : fs::absolute(flags.output).parent_path();
-  choice.spill_folder = parent.string();
+  choice.spill_folder = SpillFolder(flags);
   return WritePlan(session, flags, MakeCondensingPlan(session, flags.stats, choice, "winnow"));
 }
 

@@ -88,6 +88,26 @@ void CheckChoice(const CondenseStats& stats, const CondenseChoice& choice, const
   }
 }
 
+// What observing gave: `layers` for programs, `table` for people.
+int Report(Session& session, const CondenseStats& stats, const OrderedJson& layers,
+           const std::string& table, const std::string& output, double seconds) {
+  if (session.flags.json) {
+    OrderedJson json = {{"schema", "winnow.observe/1"},
+                        {"output", output},
+                        {"method", stats.method},
+                        {"search_tokens", stats.search_tokens}};
+    if (stats.method == "cd-moe") json["alpha_tokens"] = stats.alpha_tokens;
+    json.update(OrderedJson{
+        {"layers", layers}, {"seconds", seconds}, {"peak_rss_bytes", PeakResidentBytes()}});
+    session.PrintJson(json);
+  } else {
+    session.Print(table);
+    session.Note(fmt::format("wrote {}", output));
+    session.PrintUsage();
+  }
+  return 0;
+}
+
 int ReportNeurons(Session& session, const CondenseStats& stats, const std::string& output,
                   double seconds) {
   std::string table =
@@ -100,27 +120,14 @@ int ReportNeurons(Session& session, const CondenseStats& stats, const std::strin
     table += fmt::format("  {:>5}{}\n", layer.layer, errors);
     layers.push_back({{"layer", layer.layer}, {"width_errors", layer.width_errors}});
   }
-  if (session.flags.json) {
-    session.PrintJson({{"schema", "winnow.observe/1"},
-                       {"output", output},
-                       {"method", stats.method},
-                       {"search_tokens", stats.search_tokens},
-                       {"layers", layers},
-                       {"seconds", seconds},
-                       {"peak_rss_bytes", PeakResidentBytes()}});
-  } else {
-    session.Print(table);
-    session.Note(fmt::format("wrote {}", output));
-    session.PrintUsage();
-  }
-  return 0;
+  return Report(session, stats, layers, table, output, seconds);
 }
 
 }  // namespace
 
 CondensedWeights CondensedWeightsOf(CondensePlanOfLayer condensed, int32_t layer,
                                     const LayerWeights& intact, const Model& model) {
-  if (condensed.neurons.empty() && (condensed.experts.empty() || !condensed.divergence.empty())) {
+  if (condensed.neurons.empty()) {
     std::vector<float> alphas;
     for (const double alpha : AlphasOf(condensed)) alphas.push_back(static_cast<float>(alpha));
     return {intact.Condensed(condensed.experts, alphas), {}};
@@ -128,12 +135,9 @@ CondensedWeights CondensedWeightsOf(CondensePlanOfLayer condensed, int32_t layer
   LayerPlan plan;
   plan.layer = layer;
   plan.condensed = std::move(condensed);
-  FusedFeedForward fused =
-      FuseParts(intact, FusedParts(plan, model.config()), intact.experts.front().gate.dtype);
-  CondensedWeights result{intact.Condensed({}, {}), std::move(fused.storage)};
-  result.weights.dense = fused.weights;
-  if (!model.config().shared_expert_gated) result.weights.shared = {};
-  return result;
+  FusedFeedForward fused;
+  LayerWeights weights = FusedLayer(intact, FusedParts(plan, model.config()), fused);
+  return {std::move(weights), std::move(fused.storage)};
 }
 
 CondensePlanOfLayer CondensedOf(const CondenseStats& stats, const CondenseLayer& layer,
@@ -232,21 +236,7 @@ int ObserveCondense(Session& session, const std::string& model_folder,
     session.Warn(fmt::format("{} experts were never selected: their weight is taken as {}", never,
                              kUnselectedAlpha));
   }
-  if (session.flags.json) {
-    session.PrintJson({{"schema", "winnow.observe/1"},
-                       {"output", output},
-                       {"method", "cd-moe"},
-                       {"search_tokens", stats.search_tokens},
-                       {"alpha_tokens", stats.alpha_tokens},
-                       {"layers", layers},
-                       {"seconds", seconds},
-                       {"peak_rss_bytes", PeakResidentBytes()}});
-  } else {
-    session.Print(table);
-    session.Note(fmt::format("wrote {}", output));
-    session.PrintUsage();
-  }
-  return 0;
+  return Report(session, stats, layers, table, output, seconds);
 }
 
 CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folder,

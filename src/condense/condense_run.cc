@@ -22,22 +22,9 @@ constexpr const char* kProgressName = "progress.json";
 TokenSet JoinSources(const std::vector<SourceBlocks>& sources, const ModelConfig& config) {
   TokenSet tokens;
   for (const SourceBlocks& source : sources) {
-    const std::span<const int32_t> ids = source.sequences.ids;
-    for (int64_t i = 0; i < source.sequences.size(); ++i) {
-      const int64_t begin = source.sequences.offsets[static_cast<size_t>(i)];
-      const int64_t end = source.sequences.offsets[static_cast<size_t>(i) + 1];
-      if (end > begin) {
-        tokens.Append(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)));
-      }
-    }
+    tokens.AppendAll(source.sequences.ids, source.sequences.offsets);
   }
-  for (const int32_t id : tokens.ids) {
-    if (id < 0 || id >= config.vocab_size) {
-      throw UsageError(fmt::format("token id {} is outside the model's {} embedding rows", id,
-                                   config.vocab_size),
-                       "the ids were made with another tokenizer or another model");
-    }
-  }
+  CheckTokenIds(tokens.ids, config);
   return tokens;
 }
 
@@ -141,10 +128,9 @@ class Condenser {
     return folder_ / fmt::format("{}-{:04d}.f32", name, layer);
   }
   std::unique_ptr<HiddenStates> MakeStream(const TokenSet& tokens, const char* name) const {
-    const int64_t h = model_.config().hidden_size;
-    if (!plan_.spill_streams) return std::make_unique<HiddenStates>(tokens.num_tokens(), h);
-    return std::make_unique<HiddenStates>(tokens.num_tokens(), h, LargestTile(tokens),
-                                          folder_ / fmt::format("{}.spill", name));
+    return winnow::MakeStream(
+        tokens, model_.config().hidden_size,
+        plan_.spill_streams ? folder_ / fmt::format("{}.spill", name) : fs::path());
   }
 
   CondenseLayer RunMoeLayer(int64_t layer, const LayerWeights& weights) {

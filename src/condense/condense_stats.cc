@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/hash.h"
+#include "base/json_record.h"
 #include "checkpoint/safetensors_writer.h"
 #include "text/text_source.h"
 
@@ -20,57 +21,10 @@ constexpr const char* kExperts = "cd-moe";
 constexpr const char* kNeurons = "condense";
 constexpr int64_t kMaxCount = int64_t{1} << 40;
 
-// Typed access with the file's name in every message.
-class Fields {
+class Fields : public JsonRecord {
  public:
-  Fields(const Json& json, std::string where) : json_(json), where_(std::move(where)) {
-    if (!json.is_object()) throw ModelError(where_ + ": expected an object", kHint);
-  }
-  [[noreturn]] void Fail(const char* key, const std::string& expected) const {
-    throw ModelError(fmt::format("{}: \"{}\": expected {}", where_, key, expected), kHint);
-  }
-  const Json& At(const char* key) const {
-    const auto it = json_.find(key);
-    if (it == json_.end()) Fail(key, "a value");
-    return *it;
-  }
-  std::string Text(const char* key) const {
-    if (!At(key).is_string()) Fail(key, "a string");
-    return At(key).get<std::string>();
-  }
-  int64_t Integer(const char* key, int64_t low, int64_t high) const {
-    const Json& value = At(key);
-    if (!value.is_number_integer() || value.get<int64_t>() < low || value.get<int64_t>() > high) {
-      Fail(key, fmt::format("an integer from {} to {}", low, high));
-    }
-    return value.get<int64_t>();
-  }
-  const Json& List(const char* key) const {
-    if (!At(key).is_array()) Fail(key, "a list");
-    return At(key);
-  }
-  std::vector<double> Numbers(const char* key, const Json& list) const {
-    std::vector<double> numbers;
-    if (!list.is_array()) Fail(key, "a list of numbers");
-    for (const Json& item : list) {
-      if (!item.is_number()) Fail(key, "a list of numbers");
-      numbers.push_back(item.get<double>());
-    }
-    return numbers;
-  }
-  std::vector<std::string> Names(const char* key) const {
-    std::vector<std::string> names;
-    for (const Json& item : List(key)) {
-      if (!item.is_string()) Fail(key, "a list of names");
-      names.push_back(item.get<std::string>());
-    }
-    return names;
-  }
-
- private:
-  static constexpr const char* kHint = "observe again with the same --method";
-  const Json& json_;
-  std::string where_;
+  Fields(const Json& json, std::string where)
+      : JsonRecord(json, std::move(where), "observe again with the same --method") {}
 };
 
 CondenseLayer LayerFromJson(const Fields& fields, int64_t num_layers, int64_t max_experts) {

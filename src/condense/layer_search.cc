@@ -71,13 +71,9 @@ class Searcher {
 
  private:
   std::unique_ptr<HiddenStates> MakeStream() {
-    const int64_t h = model_.config().hidden_size, n = tokens_.num_tokens();
-    if (!plan_.spill) return std::make_unique<HiddenStates>(n, h);
-    const fs::path path =
-        options_.spill_folder / fmt::format(".winnow-layers-{}.spill", ::getpid());
-    auto stream = std::make_unique<HiddenStates>(n, h, LargestTile(tokens_), path);
-    fs::remove(path);  // the open file lives on without a name and vanishes with the process
-    return stream;
+    const std::string name = fmt::format(".winnow-layers-{}.spill", ::getpid());
+    return winnow::MakeStream(tokens_, model_.config().hidden_size,
+                              plan_.spill ? options_.spill_folder / name : fs::path());
   }
   std::unique_ptr<HiddenStates> Copy(HiddenStates& from) {
     auto to = MakeStream();
@@ -213,12 +209,17 @@ class Searcher {
       const int64_t width = std::min(kVocabularyChunk, vocabulary - first);
       const LoadedMatrix head = LoadRows(model_, model_.lm_head(), first, width);
       for (const SequenceTile& tile : SplitIntoTiles(tokens_, kTileTokens)) {
+        const float* base = base_->Load(tile.first_token, tile.num_tokens);
+        std::vector<const float*> streams;
+        for (const int32_t m : left_) {
+          streams.push_back(
+              candidate_[static_cast<size_t>(m)]->Load(tile.first_token, tile.num_tokens));
+        }
         for (int64_t begin = 0; begin < tile.num_tokens; begin += kScoreRows) {
           control_.Poll();
           const int64_t count = std::min(kScoreRows, tile.num_tokens - begin);
           const int64_t token = tile.first_token + begin;
-          Logits(base_->Load(tile.first_token, tile.num_tokens) + begin * h, count, head.matrix,
-                 lp.data());
+          Logits(base + begin * h, count, head.matrix, lp.data());
           std::vector<double> scale(static_cast<size_t>(count));
           pool_.Run(count, [&](int64_t i, int) {
             Sums& sums = intact[static_cast<size_t>(token + i)];
@@ -229,9 +230,7 @@ class Searcher {
             sums = {largest, sums.sum * scale[static_cast<size_t>(i)]};
           });
           for (size_t c = 0; c < candidates; ++c) {
-            HiddenStates& states = *candidate_[static_cast<size_t>(left_[c])];
-            Logits(states.Load(tile.first_token, tile.num_tokens) + begin * h, count, head.matrix,
-                   lq.data());
+            Logits(streams[c] + begin * h, count, head.matrix, lq.data());
             pool_.Run(count, [&](int64_t i, int) {
               const auto at = static_cast<size_t>(token + i) * candidates + c;
               Sums& sums = intact[static_cast<size_t>(token + i)];

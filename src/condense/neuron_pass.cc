@@ -159,12 +159,15 @@ class LayerPass {
       result_.neuron_experts.push_back(static_cast<int32_t>((feature - forced) / width));
       result_.neuron_rows.push_back(static_cast<int32_t>((feature - forced) % width));
     }
+    size_t before = 0;
     for (int64_t w = 0; w <= max_width_; ++w) {
       const auto taken =
           static_cast<size_t>(std::min<int64_t>(w * width, std::ssize(choice.order)));
       result_.width_errors.push_back(choice.remaining[taken]);
       double fold_error = 0;
-      result_.width_alphas.push_back(alphas.Of(std::span(choice.order).first(taken), fold_error));
+      result_.width_alphas.push_back(
+          alphas.With(std::span(choice.order).subspan(before, taken - before), fold_error));
+      before = taken;
       result_.width_fold_errors.push_back(fold_error);
     }
   }
@@ -216,31 +219,38 @@ class LayerPass {
       }
     }
 
-    std::vector<double> Of(std::span<const int64_t> chosen, double& error) const {
+    // With more neurons beside those of the calls before.
+    std::vector<double> With(std::span<const int64_t> more, double& error) {
       const auto e = static_cast<size_t>(experts_);
-      std::vector<double> gram(e * e), cross(e);
-      for (const int64_t a : chosen) {
+      gram_of_experts_.resize(e * e);
+      cross_of_experts_.resize(e);
+      for (const int64_t a : more) {
         const auto ea = static_cast<size_t>((a - forced_) / width_);
+        const float* down = down_.data() + a * h_;
         for (int64_t i = 0; i < h_; ++i) {
-          cross[ea] += cross_[static_cast<size_t>(a * h_ + i)] *
-                       static_cast<double>(down_[static_cast<size_t>(a * h_ + i)]);
+          cross_of_experts_[ea] +=
+              cross_[static_cast<size_t>(a * h_ + i)] * static_cast<double>(down[i]);
         }
-        for (const int64_t b : chosen) {
+        chosen_.push_back(a);
+        for (const int64_t b : chosen_) {
           const auto eb = static_cast<size_t>((b - forced_) / width_);
-          gram[ea * e + eb] +=
-              gram_[static_cast<size_t>(a * m_ + b)] *
-              static_cast<double>(Dot(down_.data() + a * h_, down_.data() + b * h_, h_));
+          const double product = gram_[static_cast<size_t>(a * m_ + b)] *
+                                 static_cast<double>(Dot(down, down_.data() + b * h_, h_));
+          gram_of_experts_[ea * e + eb] += product;
+          if (a != b) gram_of_experts_[eb * e + ea] += product;
         }
       }
-      std::vector<double> alphas = SolveAlphas(gram, cross);
-      error = ErrorOfAlphas(gram, cross, target_square_, alphas);
+      std::vector<double> alphas = SolveAlphas(gram_of_experts_, cross_of_experts_);
+      error = ErrorOfAlphas(gram_of_experts_, cross_of_experts_, target_square_, alphas);
       return alphas;
     }
 
    private:
     int64_t m_, h_, forced_, width_, experts_ = 0;
     std::vector<double> gram_, cross_;
-    std::vector<float> down_;   // [M, hidden]
+    std::vector<int64_t> chosen_;
+    std::vector<double> gram_of_experts_, cross_of_experts_;  // [E, E], [E] of the chosen neurons
+    std::vector<float> down_;                                 // [M, hidden]
     double target_square_ = 0;  // of the output without the shared expert's
   };
 

@@ -101,7 +101,6 @@ EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows,
 PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
                                const EvalOptions& options, const EvalPlan& plan, ThreadPool& pool,
                                const JobControl& control) {
-  const int64_t h = model.config().hidden_size, n = windows.inputs.num_tokens();
   for (const int32_t id : windows.targets) {
     if (id >= model.config().vocab_size) {
       throw UsageError(fmt::format("token id {} is outside the model's vocabulary of {}", id,
@@ -109,14 +108,10 @@ PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
                        "the ids were made with another tokenizer");
     }
   }
-  const fs::path spill = options.spill_folder / fmt::format(".winnow-eval-{}.spill", ::getpid());
-  std::unique_ptr<HiddenStates> states;
-  if (plan.spill) {
-    states = std::make_unique<HiddenStates>(n, h, LargestTile(windows.inputs), spill);
-    fs::remove(spill);  // the open file lives on without a name and vanishes with the process
-  } else {
-    states = std::make_unique<HiddenStates>(n, h);
-  }
+  const std::string name = fmt::format(".winnow-eval-{}.spill", ::getpid());
+  const std::unique_ptr<HiddenStates> states =
+      MakeStream(windows.inputs, model.config().hidden_size,
+                 plan.spill ? options.spill_folder / name : fs::path());
   std::optional<SkipCounts> skipping;
   {
     LayerReader reader(model, {.prefetch = plan.prefetch, .kept_experts = options.kept_experts});

@@ -24,6 +24,27 @@ WeightMatrix AsMatrix(const float* data, int64_t rows, int64_t cols, int64_t row
 
 }  // namespace
 
+void NormAndRotateToken(const ModelConfig& config, const LayerWeights& weights,
+                        const RopeTable& rope, int64_t position, float* q, float* k, float* v) {
+  const int64_t qw = config.query_width(), kvw = config.kv_width(), hd = config.head_dim;
+  const float eps = config.rms_norm_eps;
+  if (config.qk_norm == QkNorm::kWholeProjection) {
+    RmsNorm(q, 1, qw, qw, weights.q_norm.data(), eps, q, qw);
+    RmsNorm(k, 1, kvw, kvw, weights.k_norm.data(), eps, k, kvw);
+  } else if (config.qk_norm == QkNorm::kPerHead) {
+    RmsNorm(q, config.num_heads, hd, hd, weights.q_norm.data(), eps, q, hd);
+    RmsNorm(k, config.num_kv_heads, hd, hd, weights.k_norm.data(), eps, k, hd);
+  }
+  if (config.clip_qkv) {
+    const float c = *config.clip_qkv;
+    for (int64_t i = 0; i < qw; ++i) q[i] = std::clamp(q[i], -c, c);
+    for (int64_t i = 0; i < kvw; ++i) k[i] = std::clamp(k[i], -c, c);
+    for (int64_t i = 0; i < kvw; ++i) v[i] = std::clamp(v[i], -c, c);
+  }
+  RopeHalf(q, config.num_heads, hd, rope.half(), rope.cos(position), rope.sin(position));
+  RopeHalf(k, config.num_kv_heads, hd, rope.half(), rope.cos(position), rope.sin(position));
+}
+
 struct AttentionBlock::WorkerScratch {
   AlignedBuffer<float> keys;    // [keys, head_dim]
   AlignedBuffer<float> values;  // [head_dim, keys], transposed
@@ -67,8 +88,7 @@ void AttentionBlock::Project(const LayerWeights& weights, int64_t n, const float
 
 void AttentionBlock::NormAndRotate(const LayerWeights& weights, int64_t n,
                                    std::span<const int64_t> positions) {
-  const int64_t qw = config_.query_width(), kvw = config_.kv_width(), hd = config_.head_dim;
-  const float eps = config_.rms_norm_eps;
+  const int64_t qw = config_.query_width(), kvw = config_.kv_width();
   constexpr int64_t kRows = 32;
   pool_.Run((n + kRows - 1) / kRows, [&](int64_t task, int) {
     const int64_t end = std::min(n, (task + 1) * kRows);
@@ -81,22 +101,7 @@ void AttentionBlock::NormAndRotate(const LayerWeights& weights, int64_t n,
         AddInPlace(k, weights.k_bias.data(), kvw);
         AddInPlace(v, weights.v_bias.data(), kvw);
       }
-      if (config_.qk_norm == QkNorm::kWholeProjection) {
-        RmsNorm(q, 1, qw, qw, weights.q_norm.data(), eps, q, qw);
-        RmsNorm(k, 1, kvw, kvw, weights.k_norm.data(), eps, k, kvw);
-      } else if (config_.qk_norm == QkNorm::kPerHead) {
-        RmsNorm(q, config_.num_heads, hd, hd, weights.q_norm.data(), eps, q, hd);
-        RmsNorm(k, config_.num_kv_heads, hd, hd, weights.k_norm.data(), eps, k, hd);
-      }
-      if (config_.clip_qkv) {
-        const float c = *config_.clip_qkv;
-        for (int64_t i = 0; i < qw; ++i) q[i] = std::clamp(q[i], -c, c);
-        for (int64_t i = 0; i < kvw; ++i) k[i] = std::clamp(k[i], -c, c);
-        for (int64_t i = 0; i < kvw; ++i) v[i] = std::clamp(v[i], -c, c);
-      }
-      const int64_t position = positions[static_cast<size_t>(t)];
-      RopeHalf(q, config_.num_heads, hd, rope_.half(), rope_.cos(position), rope_.sin(position));
-      RopeHalf(k, config_.num_kv_heads, hd, rope_.half(), rope_.cos(position), rope_.sin(position));
+      NormAndRotateToken(config_, weights, rope_, positions[static_cast<size_t>(t)], q, k, v);
     }
   });
 }

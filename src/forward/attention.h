@@ -17,6 +17,11 @@
 
 namespace winnow {
 
+// What becomes of one token's projections [query_width], [kv_width] before attention, biases added:
+// norms of queries and keys, clipping, rotation to its position.
+void NormAndRotateToken(const ModelConfig& config, const LayerWeights& weights,
+                        const RopeTable& rope, int64_t position, float* q, float* k, float* v);
+
 class AttentionBlock {
  public:
   AttentionBlock(const ModelConfig& config, ThreadPool& pool,

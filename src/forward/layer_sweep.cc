@@ -29,6 +29,15 @@ int64_t LargestTile(const TokenSet& tokens) {
   return largest;
 }
 
+std::unique_ptr<HiddenStates> MakeStream(const TokenSet& tokens, int64_t hidden,
+                                         const fs::path& spill) {
+  if (spill.empty()) return std::make_unique<HiddenStates>(tokens.num_tokens(), hidden);
+  auto stream =
+      std::make_unique<HiddenStates>(tokens.num_tokens(), hidden, LargestTile(tokens), spill);
+  fs::remove(spill);
+  return stream;
+}
+
 LayerSweep::LayerSweep(const Model& model, const TokenSet& tokens, ThreadPool& pool,
                        const JobControl& control, std::string stage, ComputePrecision precision)
     : model_(model),

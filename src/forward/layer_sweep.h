@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "base/memory.h"            // MemoryPlan
@@ -25,6 +26,11 @@ inline constexpr int64_t kTileTokens = 4096;
 
 // Tokens of the largest tile a sweep over `tokens` loads at once.
 int64_t LargestTile(const TokenSet& tokens);
+
+// The stream of all tokens: in memory, or in `spill` if it is not empty, a file that has no name
+// any more when this returns and vanishes with the process.
+std::unique_ptr<HiddenStates> MakeStream(const TokenSet& tokens, int64_t hidden,
+                                         const fs::path& spill);
 
 class LayerSweep {
  public:

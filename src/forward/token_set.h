@@ -22,6 +22,15 @@ struct TokenSet {
     for (int64_t i = 0; i < num_sequences(); ++i) longest = std::max(longest, length(i));
     return longest;
   }
+  // All sequences of a list with its own offsets [n + 1]; empty ones are none.
+  void AppendAll(std::span<const int32_t> all, std::span<const int64_t> bounds) {
+    for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+      if (bounds[i + 1] > bounds[i]) {
+        Append(all.subspan(static_cast<size_t>(bounds[i]),
+                           static_cast<size_t>(bounds[i + 1] - bounds[i])));
+      }
+    }
+  }
   void Append(std::span<const int32_t> sequence) {
     ids.insert(ids.end(), sequence.begin(), sequence.end());
     offsets.push_back(static_cast<int64_t>(ids.size()));

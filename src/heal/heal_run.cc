@@ -170,12 +170,8 @@ class Healer {
 
  private:
   std::unique_ptr<HiddenStates> MakeStream(const TokenSet& tokens, const char* name) const {
-    const int64_t h = model_.config().hidden_size;
-    if (!plan_.spill) return std::make_unique<HiddenStates>(tokens.num_tokens(), h);
-    const fs::path path = folder_ / fmt::format("{}.spill", name);
-    auto stream = std::make_unique<HiddenStates>(tokens.num_tokens(), h, LargestTile(tokens), path);
-    fs::remove(path);  // the open file lives on without a name and vanishes with the process
-    return stream;
+    return winnow::MakeStream(tokens, model_.config().hidden_size,
+                              plan_.spill ? folder_ / fmt::format("{}.spill", name) : fs::path());
   }
 
   void MakeStreams() {
@@ -197,17 +193,6 @@ class Healer {
     judge_.RunLayer(layer, healed, *judge_healed_, nullptr);
   }
 
-  // The layer without its router, as one SwiGLU; its bytes in `fused`.
-  LayerWeights Condense(const LayerWeights& weights, const std::vector<FusedPart>& parts,
-                        FusedFeedForward& fused) const {
-    LayerWeights condensed = weights.Condensed({}, {});
-    if (parts.empty()) return condensed;  // a gated shared expert alone
-    fused = FuseParts(weights, parts, weights.experts.front().gate.dtype);
-    condensed.dense = fused.weights;
-    if (!model_.config().shared_expert_gated) condensed.shared = {};
-    return condensed;
-  }
-
   void HealLayer(int64_t layer, const LayerWeights& weights) {
     std::vector<int32_t> kept = KeptOf(options_, layer);
     const auto parts = options_.condensed.find(static_cast<int32_t>(layer));
@@ -219,7 +204,7 @@ class Healer {
     }
     AlignedBuffer<std::byte> router_rows;
     FusedFeedForward fused;
-    const LayerWeights pruned = condensed ? Condense(weights, parts->second, fused)
+    const LayerWeights pruned = condensed ? FusedLayer(weights, parts->second, fused)
                                           : weights.WithExperts(kept, router_rows);
     HealedWeights changed;
     if (const Json* done = DoneLayer(layer)) {
@@ -454,15 +439,8 @@ HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
   HealPlan plan;
   SplitSequences(sources, plan);
   const ModelConfig& config = model.config();
-  for (const std::vector<int32_t>* ids : {&plan.fit.ids, &plan.confirm.inputs.ids}) {
-    for (const int32_t id : *ids) {
-      if (id < 0 || id >= config.vocab_size) {
-        throw UsageError(fmt::format("token id {} is outside the model's {} embedding rows", id,
-                                     config.vocab_size),
-                         "the ids were made with another tokenizer or another model");
-      }
-    }
-  }
+  CheckTokenIds(plan.fit.ids, config);
+  CheckTokenIds(plan.confirm.inputs.ids, config);
   const int64_t n = plan.fit.num_tokens(), h = config.hidden_size;
   uint64_t activations = 0, refit = 0, cache = 0, new_weights = 0;
   for (int64_t layer = 0; layer < config.num_layers(); ++layer) {

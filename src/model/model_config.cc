@@ -425,6 +425,16 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
   return out;
 }
 
+void CheckTokenIds(std::span<const int32_t> ids, const ModelConfig& config) {
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= config.vocab_size) {
+      throw UsageError(fmt::format("token id {} is outside the model's {} embedding rows", id,
+                                   config.vocab_size),
+                       "the ids were made with another tokenizer or another model");
+    }
+  }
+}
+
 OrderedJson ConfigWithBetas(const OrderedJson& config, const std::vector<double>& betas) {
   OrderedJson edited = config;
   edited.erase("betas");

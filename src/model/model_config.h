@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -77,6 +78,9 @@ struct ModelConfig {
 // `where` is the path of config.json for messages. ModelError for anything missing, mistyped,
 // contradictory or not supported, naming the key, what was expected and what was found.
 ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where);
+
+// UsageError naming the first id that is outside the model's vocabulary.
+void CheckTokenIds(std::span<const int32_t> ids, const ModelConfig& config);
 
 // The config with the thresholds of run-time skipping as NAEE's program writes them: `betas`, keyed
 // by the decoder layer's index as a string. Without any the key is removed.

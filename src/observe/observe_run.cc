@@ -22,14 +22,7 @@ namespace {
 TokenSet JoinSources(const std::vector<SourceBlocks>& sources) {
   TokenSet tokens;
   for (const SourceBlocks& source : sources) {
-    const std::span<const int32_t> ids = source.sequences.ids;
-    for (int64_t i = 0; i < source.sequences.size(); ++i) {
-      const int64_t begin = source.sequences.offsets[static_cast<size_t>(i)];
-      const int64_t end = source.sequences.offsets[static_cast<size_t>(i) + 1];
-      if (end > begin) {
-        tokens.Append(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)));
-      }
-    }
+    tokens.AppendAll(source.sequences.ids, source.sequences.offsets);
   }
   if (tokens.num_tokens() == 0) throw UsageError("there are no calibration tokens");
   return tokens;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "base/json_record.h"
 
 namespace winnow {
 namespace {
@@ -12,43 +13,11 @@ namespace {
 constexpr const char* kSchema = "winnow.stats/2";
 constexpr int64_t kMaxCount = int64_t{1} << 40;  // tokens, bytes of a plausible run
 
-class Fields {
+class Fields : public JsonRecord {
  public:
-  Fields(const Json& json, std::string where) : json_(json), where_(std::move(where)) {
-    if (!json.is_object()) Fail("", "an object");
-  }
-  [[noreturn]] void Fail(const std::string& key, const std::string& expected) const {
-    throw ModelError(fmt::format("{}: \"{}\": expected {}", where_, key, expected),
-                     "the statistics are damaged or of another version; observe again");
-  }
-  const Json& At(const std::string& key) const {
-    const auto it = json_.find(key);
-    if (it == json_.end()) Fail(key, "to be there");
-    return *it;
-  }
-  int64_t Integer(const std::string& key, int64_t low, int64_t high) const {
-    const Json& value = At(key);
-    if (!value.is_number_integer()) Fail(key, "an integer");
-    const auto number = value.get<int64_t>();
-    if (number < low || number > high) Fail(key, fmt::format("{} to {}", low, high));
-    return number;
-  }
-  std::string Text(const std::string& key) const {
-    if (!At(key).is_string()) Fail(key, "a string");
-    return At(key).get<std::string>();
-  }
-  bool Flag(const std::string& key) const {
-    if (!At(key).is_boolean()) Fail(key, "true or false");
-    return At(key).get<bool>();
-  }
-  const Json& List(const std::string& key) const {
-    if (!At(key).is_array()) Fail(key, "a list");
-    return At(key);
-  }
-
- private:
-  const Json& json_;
-  std::string where_;
+  Fields(const Json& json, std::string where)
+      : JsonRecord(json, std::move(where),
+                   "the statistics are damaged or of another version; observe again") {}
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "forward/attention.h"
 #include "kernels/backward.h"
 #include "kernels/elementwise.h"
 
@@ -90,9 +91,8 @@ void AttentionGradient::Forward(const LayerWeights& weights, const TrainBatch& b
 
 void AttentionGradient::NormAndRotate(const LayerWeights& weights, const TrainBatch& batch,
                                       AttentionTape& tape) {
-  const int64_t qw = config_.query_width(), kvw = config_.kv_width(), hd = config_.head_dim;
+  const int64_t qw = config_.query_width(), kvw = config_.kv_width();
   const int64_t n = batch.num_tokens();
-  const float eps = config_.rms_norm_eps;
   std::vector<int64_t> positions;
   for (const int64_t length : batch.lengths) {
     for (int64_t i = 0; i < length; ++i) positions.push_back(i);
@@ -118,22 +118,7 @@ void AttentionGradient::NormAndRotate(const LayerWeights& weights, const TrainBa
         std::copy_n(k, kvw, tape.raw_k.data() + t * kvw);
         std::copy_n(v, kvw, tape.raw_v.data() + t * kvw);
       }
-      if (config_.qk_norm == QkNorm::kWholeProjection) {
-        RmsNorm(q, 1, qw, qw, weights.q_norm.data(), eps, q, qw);
-        RmsNorm(k, 1, kvw, kvw, weights.k_norm.data(), eps, k, kvw);
-      } else if (config_.qk_norm == QkNorm::kPerHead) {
-        RmsNorm(q, config_.num_heads, hd, hd, weights.q_norm.data(), eps, q, hd);
-        RmsNorm(k, config_.num_kv_heads, hd, hd, weights.k_norm.data(), eps, k, hd);
-      }
-      if (config_.clip_qkv) {
-        const float c = *config_.clip_qkv;
-        for (int64_t i = 0; i < qw; ++i) q[i] = std::clamp(q[i], -c, c);
-        for (int64_t i = 0; i < kvw; ++i) k[i] = std::clamp(k[i], -c, c);
-        for (int64_t i = 0; i < kvw; ++i) v[i] = std::clamp(v[i], -c, c);
-      }
-      const int64_t position = positions[static_cast<size_t>(t)];
-      RopeHalf(q, config_.num_heads, hd, rope_.half(), rope_.cos(position), rope_.sin(position));
-      RopeHalf(k, config_.num_kv_heads, hd, rope_.half(), rope_.cos(position), rope_.sin(position));
+      NormAndRotateToken(config_, weights, rope_, positions[static_cast<size_t>(t)], q, k, v);
     }
   });
 }

@@ -41,6 +41,18 @@ uint64_t FusedBytes(int64_t hidden, int64_t width, Dtype dtype) {
                     static_cast<uint64_t>(width) * (DtypeBits(dtype) / 8), "a condensed layer");
 }
 
+LayerWeights FusedLayer(const LayerWeights& layer, std::span<const FusedPart> parts,
+                        FusedFeedForward& fused) {
+  LayerWeights result = layer.Condensed({}, {});
+  if (parts.empty()) return result;
+  fused = FuseParts(layer, parts, layer.experts.front().gate.dtype);
+  result.dense = fused.weights;
+  for (const FusedPart& part : parts) {
+    if (part.expert == FusedPart::kShared) result.shared = {};
+  }
+  return result;
+}
+
 FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart> parts, Dtype dtype,
                            int64_t padded_width) {
   int64_t width = 0, hidden = 0;

@@ -22,6 +22,11 @@ struct FusedFeedForward {
 // `padded_width`.
 FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart> parts, Dtype dtype,
                            int64_t padded_width = 0);
+// The layer with the parts as its only SwiGLU, in the experts' format, no router and no experts:
+// views of the layer's and of `fused`. The shared expert stays beside it unless it is one of the
+// parts. Without parts it is all there is.
+LayerWeights FusedLayer(const LayerWeights& layer, std::span<const FusedPart> parts,
+                        FusedFeedForward& fused);
 // Width of the result, and its bytes.
 int64_t FusedWidth(std::span<const FusedPart> parts, int64_t expert_width, int64_t shared_width);
 uint64_t FusedBytes(int64_t hidden, int64_t width, Dtype dtype);
