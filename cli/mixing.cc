@@ -129,6 +129,13 @@ MixInput GatherMix(Session& session, const fs::path& stats, const StatsInfo& inf
   MixInput input{.info = info, .neurons = ReadCondenseStats(choice.neuron_stats)};
   CheckMix(info, input.neurons, model);
   input.total = choice.total > 0 ? choice.total : TotalWithin(model, info, choice.size);
+  int64_t experts = 0;
+  for (const StatsLayer& layer : info.layers) experts += layer.num_experts;
+  if (input.total > experts) {
+    throw UsageError(
+        fmt::format("--total {}: the model has {} experts over all layers", input.total, experts),
+        "say how many are to be left");
+  }
   NaeeOptions options{.keep = info.num_experts_per_tok};
   options.memory_budget_bytes = RequirePlanMemory(session, info, options);
   input.sensitivities = Sensitivities(session, model, input.neurons, choice);

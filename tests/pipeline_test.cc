@@ -460,6 +460,11 @@ TEST(Pipeline, CondensesByNeuronsMixesAndTunes) {
   EXPECT_TRUE(fs::exists(fs::path(folder / "healed") / "config.json"));
   MustRun({"plan", folder / "full", "--method", "mix", "--with", folder / "neurons", "--total",
            "40", "--model", RoutedModel(), "-o", folder / "mix.json"});
+  const ProgramResult many =
+      RunWinnow({"plan", folder / "full", "--method", "mix", "--with", folder / "neurons",
+                 "--total", "1000000000000", "--model", RoutedModel()});
+  EXPECT_EQ(many.exit_code, 2);
+  EXPECT_NE(many.err.find("the model has 64 experts"), std::string::npos) << many.err;
   MustRun({"apply", RoutedModel(), "--plan", folder / "mix.json", "-o", folder / "mix"});
   EXPECT_NE(Nll(folder / "mix"), Nll(RoutedModel()));
   const Json tuned = RunJson({"finetune", folder / "folded", "--teacher", RoutedModel(), "--data",

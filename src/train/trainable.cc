@@ -87,7 +87,7 @@ std::vector<std::string> SplitList(const std::string& text) {
   }
   throw UsageError(fmt::format("--train {} fits no tensor of the model", what),
                    "one of condensed-experts, experts, router, norms, or a pattern such as "
-                   "'model.layers.3.*down_proj*'; winnow inspect -v lists the tensors");
+                   "'model.layers.3.*down_proj*'");
 }
 
 }  // namespace
