@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/packed_format.h"     // PackedFormat
 #include "checkpoint/checkpoint.h"  // Checkpoint, TensorInfo
 #include "model/model_config.h"     // ModelConfig, LayerConfig
 
@@ -22,12 +23,14 @@ struct TensorSlice {
   uint64_t offset_bytes = 0;  // inside the tensor
   int64_t rows = 0;
   int64_t cols = 0;
+  PackedFormat packed = {};  // not empty: in few bits, a range of an U8 tensor
 
   bool exists() const { return tensor != nullptr; }
   uint64_t bytes() const {
-    return exists() ? static_cast<uint64_t>(rows) * static_cast<uint64_t>(cols) *
-                          (DtypeBits(tensor->dtype) / 8)
-                    : 0;
+    if (!exists()) return 0;
+    if (!packed.empty()) return PackedBytes(packed, rows, cols);
+    return static_cast<uint64_t>(rows) * static_cast<uint64_t>(cols) *
+           (DtypeBits(tensor->dtype) / 8);
   }
 };
 

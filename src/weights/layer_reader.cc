@@ -83,7 +83,11 @@ uint64_t ReadLayer(const Model& model, const LayerReaderOptions& options, int64_
   weights = LayerWeights{};
   uint64_t used = 0, read = 0;
   const auto take = [&](const TensorSlice& slice, WeightMatrix& matrix, int64_t rows) {
-    matrix = {slot.storage.data() + used, rows, slice.cols, slice.tensor->dtype};
+    matrix = {.data = slot.storage.data() + used,
+              .rows = rows,
+              .cols = slice.cols,
+              .dtype = slice.tensor->dtype,
+              .packed = slice.packed};
     used += Aligned(matrix.bytes());
     return std::span<std::byte>(slot.storage.data() + (matrix.data - slot.storage.data()),
                                 matrix.bytes());

@@ -1,0 +1,185 @@
+#include "base/packed_format.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+
+#include "base/checked_math.h"
+#include "base/dtype.h"
+#include "base/error.h"
+
+namespace winnow {
+namespace {
+
+constexpr std::string_view kWhat = "packed matrix";
+
+int64_t CeilDiv(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// The plane of `bits` that holds bit `from` and the ones above it: its width.
+int PlaneWidth(int bits, int from) {
+  const int left = bits - from;
+  return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// Calls visit(byte offset in the chunk, shift in the byte, width, position in the code) for every
+// plane's part of the code at `row` (of 16) and `col` (of 32).
+template <class Visit>
+void ForEachPlane(int bits, int64_t row, int64_t col, const Visit& visit) {
+  const int64_t v = col / 4;
+  int64_t plane = 0;  // bytes
+  for (int from = 0; from < bits;) {
+    const int width = PlaneWidth(bits, from);
+    const int64_t vector = v % width;
+    const auto shift = static_cast<int>(v / width) * width;
+    visit(plane + vector * 64 + row * 4 + col % 4, shift, width, from);
+    plane += 64 * width;
+    from += width;
+  }
+}
+
+uint16_t LoadHalf(const std::byte* from) {
+  return static_cast<uint16_t>(std::to_integer<unsigned>(from[0]) |
+                               std::to_integer<unsigned>(from[1]) << 8);
+}
+
+void StoreHalf(uint16_t bits, std::byte* to) {
+  to[0] = static_cast<std::byte>(bits & 0xff);
+  to[1] = static_cast<std::byte>(bits >> 8);
+}
+
+// Where the row's scale of `group` lies in its block; `part` 1: the minimum.
+int64_t HalfOffset(const PackedFormat& format, int64_t cols, int64_t row, int64_t group, int part) {
+  const int64_t groups = CeilDiv(cols, format.group_columns);
+  return ((part * groups + group) * kPackedRows + row) * 2;
+}
+
+int64_t ChunkOffset(const PackedFormat& format, int64_t cols, int64_t col) {
+  return static_cast<int64_t>(PackedCodesOffset(format, cols)) +
+         col / kPackedChunkColumns * 64 * format.bits;
+}
+
+}  // namespace
+
+std::optional<PackedFormat> PackedFormatFromName(std::string_view name) {
+  PackedFormat format;
+  const auto [end, problem] = std::from_chars(name.data(), name.data() + name.size(), format.bits);
+  if (problem != std::errc() || format.bits < 2 || format.bits > 8) return std::nullopt;
+  name.remove_prefix(static_cast<size_t>(end - name.data()));
+  const auto take = [&](std::string_view part) {
+    if (!name.starts_with(part)) return false;
+    name.remove_prefix(part.size());
+    return true;
+  };
+  if (!take("bit")) return std::nullopt;
+  if (take("-asym")) format.grid = PackedGrid::kAsymmetric;
+  if (take("-log")) format.grid = PackedGrid::kLogarithmic;
+  if (take("-g64")) format.group_columns = 64;
+  if (take("-g128")) format.group_columns = 128;
+  if (format.grid == PackedGrid::kLogarithmic && format.bits > 4) return std::nullopt;
+  // One name for each format: nothing is left, and no part came twice or in another order.
+  return name.empty() ? std::optional(format) : std::nullopt;
+}
+
+std::string PackedFormatName(const PackedFormat& format) {
+  std::string name = fmt::format("{}bit", format.bits);
+  if (format.grid == PackedGrid::kAsymmetric) name += "-asym";
+  if (format.grid == PackedGrid::kLogarithmic) name += "-log";
+  if (format.group_columns != 32) name += fmt::format("-g{}", format.group_columns);
+  return name;
+}
+
+uint64_t PackedCodesOffset(const PackedFormat& format, int64_t cols) {
+  const uint64_t parts = format.grid == PackedGrid::kAsymmetric ? 2 : 1;
+  const uint64_t halves = CheckedMul(static_cast<uint64_t>(CeilDiv(cols, format.group_columns)),
+                                     parts * kPackedRows * 2, kWhat);
+  return CheckedAdd(halves, kPackedAlignment - 1, kWhat) / kPackedAlignment * kPackedAlignment;
+}
+
+uint64_t PackedBlockBytes(const PackedFormat& format, int64_t cols) {
+  const auto chunks = static_cast<uint64_t>(CeilDiv(cols, kPackedChunkColumns));
+  return CheckedAdd(PackedCodesOffset(format, cols),
+                    CheckedMul(chunks, 64 * static_cast<uint64_t>(format.bits), kWhat), kWhat);
+}
+
+uint64_t PackedBytes(const PackedFormat& format, int64_t rows, int64_t cols) {
+  return CheckedMul(static_cast<uint64_t>(CeilDiv(rows, kPackedRows)),
+                    PackedBlockBytes(format, cols), kWhat);
+}
+
+double PackedBitsPerWeight(const PackedFormat& format) {
+  const double halves = format.grid == PackedGrid::kAsymmetric ? 2 : 1;
+  return format.bits + 16 * halves / static_cast<double>(format.group_columns);
+}
+
+std::array<int8_t, 16> LogGrid(int bits) {
+  std::array<int8_t, 16> grid{};
+  const int half = 1 << (bits - 1);
+  for (int code = 0; code < half; ++code) {
+    const auto step = static_cast<int8_t>(64 >> code);
+    grid[static_cast<size_t>(code)] = step;
+    grid[static_cast<size_t>(half + code)] = static_cast<int8_t>(-step);
+  }
+  return grid;
+}
+
+void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const PackedRow& values,
+                    std::byte* bytes) {
+  std::byte* block =
+      bytes + static_cast<uint64_t>(row / kPackedRows) * PackedBlockBytes(format, cols);
+  const int64_t lane = row % kPackedRows;
+  const int64_t groups = CeilDiv(cols, format.group_columns);
+  for (int64_t group = 0; group < groups; ++group) {
+    StoreHalf(values.scales[group], block + HalfOffset(format, cols, lane, group, 0));
+    if (format.grid == PackedGrid::kAsymmetric) {
+      StoreHalf(values.minima[group], block + HalfOffset(format, cols, lane, group, 1));
+    }
+  }
+  for (int64_t col = 0; col < cols; ++col) {
+    std::byte* chunk = block + ChunkOffset(format, cols, col);
+    const unsigned code = values.codes[col];
+    ForEachPlane(format.bits, lane, col % kPackedChunkColumns,
+                 [&](int64_t at, int shift, int width, int from) {
+                   const unsigned mask = (1u << width) - 1;
+                   const unsigned part = (code >> from) & mask;
+                   const unsigned kept = std::to_integer<unsigned>(chunk[at]) & ~(mask << shift);
+                   chunk[at] = static_cast<std::byte>(kept | part << shift);
+                 });
+  }
+}
+
+uint8_t LoadPackedCode(const PackedFormat& format, int64_t cols, int64_t row, int64_t col,
+                       const std::byte* bytes) {
+  const std::byte* block =
+      bytes + static_cast<uint64_t>(row / kPackedRows) * PackedBlockBytes(format, cols);
+  const std::byte* chunk = block + ChunkOffset(format, cols, col);
+  unsigned code = 0;
+  ForEachPlane(format.bits, row % kPackedRows, col % kPackedChunkColumns,
+               [&](int64_t at, int shift, int width, int from) {
+                 const unsigned mask = (1u << width) - 1;
+                 code |= ((std::to_integer<unsigned>(chunk[at]) >> shift) & mask) << from;
+               });
+  return static_cast<uint8_t>(code);
+}
+
+float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int64_t col,
+                      const std::byte* bytes) {
+  const std::byte* block =
+      bytes + static_cast<uint64_t>(row / kPackedRows) * PackedBlockBytes(format, cols);
+  const int64_t group = col / format.group_columns, lane = row % kPackedRows;
+  const float scale = FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 0)));
+  const int code = LoadPackedCode(format, cols, row, col, bytes);
+  switch (format.grid) {
+    case PackedGrid::kAsymmetric:
+      return static_cast<float>(code) * scale +
+             FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 1)));
+    case PackedGrid::kLogarithmic:
+      return static_cast<float>(LogGrid(format.bits)[static_cast<size_t>(code)]) * (scale / 64);
+    case PackedGrid::kSymmetric:
+      break;
+  }
+  return static_cast<float>(code - (1 << (format.bits - 1))) * scale;
+}
+
+}  // namespace winnow

@@ -1,0 +1,76 @@
+// How a weight matrix is stored in few bits: integers of 2 to 8 bits, groups of columns that share
+// a scale, in the order the product kernels read them. Named by config.json and the command line,
+// written by quantize/, read by kernels/. docs/FORMATS.md has the layout for other readers.
+//
+// The matrix [rows, cols] is cut into blocks of 16 rows, each one run of bytes, 64-aligned:
+//   scales   [groups][16] f16, then with kAsymmetric minima [groups][16] f16; zeros up to 64 bytes
+//   codes    chunks of 32 columns; a chunk has 64 * bits bytes: its planes one after the other
+// A chunk's 512 codes are 8 vectors of 64 bytes, vector v = columns 4v..4v+3 of all rows, [16][4].
+// A plane of p bits (p = 8, 4, 2, 1) holds p bits of every code in p vectors of 64 bytes: vector j
+// has those of v = j + p * s in its bits p * s..p * s + p - 1, s < 8 / p. Codes are cut from their
+// low end: 8 = {8}, 7 = {4, 2, 1}, 6 = {4, 2}, 5 = {4, 1}, 4 = {4}, 3 = {2, 1}, 2 = {2}. Rows past
+// the last and columns past the last have scale 0, minimum 0 and code 0.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace winnow {
+
+inline constexpr int64_t kPackedRows = 16;          // rows of a block
+inline constexpr int64_t kPackedChunkColumns = 32;  // columns of a chunk
+inline constexpr uint64_t kPackedAlignment = 64;    // bytes; of a block and of a matrix
+
+enum class PackedGrid : uint8_t {
+  kSymmetric,    // (code - 2^(bits - 1)) * scale
+  kAsymmetric,   // code * scale + minimum
+  kLogarithmic,  // LogGrid(bits)[code] / 64 * scale; 2 to 4 bits (MoQE, arXiv 2310.02410, 3.1)
+};
+
+struct PackedFormat {
+  int bits = 0;                // 2..8; 0: not packed
+  int64_t group_columns = 32;  // that share a scale: 32, 64 or 128
+  PackedGrid grid = PackedGrid::kSymmetric;
+
+  bool empty() const { return bits == 0; }
+  bool operator==(const PackedFormat&) const = default;
+};
+
+// "4bit", "4bit-g64", "4bit-asym-g64", "2bit-log": bits, grid if not symmetric, group if not 32.
+// Nothing if the name is none of these or the combination does not exist.
+std::optional<PackedFormat> PackedFormatFromName(std::string_view name);
+std::string PackedFormatName(const PackedFormat& format);
+
+// Bytes of a packed matrix and of one of its blocks of rows. ModelError if they overflow.
+uint64_t PackedBlockBytes(const PackedFormat& format, int64_t cols);
+uint64_t PackedBytes(const PackedFormat& format, int64_t rows, int64_t cols);
+// Where codes begin in a block.
+uint64_t PackedCodesOffset(const PackedFormat& format, int64_t cols);
+// Mean bits a weight takes with its share of scales, for tables.
+double PackedBitsPerWeight(const PackedFormat& format);
+
+// What a code of kLogarithmic stands for, in 64ths of the scale: the sign is the highest bit, the
+// others count halvings. The smallest step of 4 bits would be half a 64th and is zero instead.
+std::array<int8_t, 16> LogGrid(int bits);
+
+// One row of codes and what they stand for, as a quantiser makes them and a reader gets them back.
+// `codes` [cols], `scales` and `minima` [groups] as f16 bits, minima with kAsymmetric alone.
+struct PackedRow {
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+  const uint16_t* minima = nullptr;
+};
+// Writes row `row` of a matrix into its `bytes` [PackedBytes], which start as zeros.
+void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const PackedRow& values,
+                    std::byte* bytes);
+// The code and the value of one weight: the reference every kernel is tested against.
+uint8_t LoadPackedCode(const PackedFormat& format, int64_t cols, int64_t row, int64_t col,
+                       const std::byte* bytes);
+float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int64_t col,
+                      const std::byte* bytes);
+
+}  // namespace winnow

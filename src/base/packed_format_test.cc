@@ -1,0 +1,90 @@
+// Packed matrices: names, sizes, and that every code and value comes back from the bytes.
+#include "base/packed_format.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "base/dtype.h"
+
+namespace winnow {
+namespace {
+
+TEST(PackedFormat, NamesGoBothWays) {
+  for (const char* name : {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym",
+                           "4bit-asym-g64", "3bit-g128", "2bit-log", "4bit-log-g64"}) {
+    const std::optional<PackedFormat> format = PackedFormatFromName(name);
+    ASSERT_TRUE(format) << name;
+    EXPECT_EQ(PackedFormatName(*format), name);
+  }
+  for (const char* name :
+       {"", "bit", "1bit", "9bit", "4", "4bits", "4bit-", "4bit-g32", "4bit-g64-asym", "8bit-log",
+        "4bit-asym-log", "+4bit", "44bit", "bf16"}) {
+    EXPECT_FALSE(PackedFormatFromName(name)) << name;
+  }
+}
+
+TEST(PackedFormat, SizesCountScalesAndPadding) {
+  // 16 rows of 32 columns: one group of 16 scales (32 bytes, padded to 64) and 512 codes.
+  EXPECT_EQ(PackedBytes({.bits = 4}, 16, 32), 64u + 256u);
+  EXPECT_EQ(PackedBytes({.bits = 8}, 16, 32), 64u + 512u);
+  EXPECT_EQ(PackedBytes({.bits = 3}, 16, 32), 64u + 192u);
+  EXPECT_EQ(PackedBytes({.bits = 4}, 17, 33), 2 * (64u + 512u));
+  EXPECT_EQ(PackedBytes({.bits = 4, .grid = PackedGrid::kAsymmetric}, 16, 64), 128u + 512u);
+  // At widths of real models the padding is gone: 4.5 bits a weight.
+  EXPECT_EQ(PackedBytes({.bits = 4}, 1024, 2048), 1024u * 2048u * 9 / 16);
+  EXPECT_DOUBLE_EQ(PackedBitsPerWeight({.bits = 4}), 4.5);
+  EXPECT_DOUBLE_EQ(
+      PackedBitsPerWeight({.bits = 4, .group_columns = 64, .grid = PackedGrid::kAsymmetric}), 4.5);
+}
+
+TEST(PackedFormat, TheLogGridHalves) {
+  EXPECT_EQ(LogGrid(2), (std::array<int8_t, 16>{64, 32, -64, -32}));
+  EXPECT_EQ(LogGrid(3), (std::array<int8_t, 16>{64, 32, 16, 8, -64, -32, -16, -8}));
+  EXPECT_EQ(LogGrid(4)[6], 1);
+  EXPECT_EQ(LogGrid(4)[7], 0);
+  EXPECT_EQ(LogGrid(4)[14], -1);
+}
+
+TEST(PackedFormat, RowsComeBack) {
+  std::mt19937 random(7);
+  const int64_t rows = 19, cols = 77;
+  for (const char* name : {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym",
+                           "3bit-asym-g64", "4bit-log", "2bit-log-g64", "5bit-g128"}) {
+    const PackedFormat format = *PackedFormatFromName(name);
+    const int64_t groups = (cols + format.group_columns - 1) / format.group_columns;
+    std::vector<std::byte> bytes(PackedBytes(format, rows, cols));
+    std::vector<std::vector<uint8_t>> codes(rows, std::vector<uint8_t>(cols));
+    std::vector<std::vector<uint16_t>> scales(rows, std::vector<uint16_t>(groups));
+    std::vector<std::vector<uint16_t>> minima = scales;
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto r = static_cast<size_t>(row);
+      for (uint8_t& code : codes[r]) code = static_cast<uint8_t>(random() % (1u << format.bits));
+      for (uint16_t& scale : scales[r])
+        scale = F16FromFloat(0.25f + static_cast<float>(random() % 8));
+      for (uint16_t& minimum : minima[r]) minimum = F16FromFloat(-static_cast<float>(random() % 8));
+      StorePackedRow(format, cols, row, {codes[r].data(), scales[r].data(), minima[r].data()},
+                     bytes.data());
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t col = 0; col < cols; ++col) {
+        const auto r = static_cast<size_t>(row), c = static_cast<size_t>(col);
+        const auto g = static_cast<size_t>(col / format.group_columns);
+        const int code = codes[r][c];
+        ASSERT_EQ(LoadPackedCode(format, cols, row, col, bytes.data()), code) << name;
+        const float scale = FloatFromF16(scales[r][g]);
+        const float expected =
+            format.grid == PackedGrid::kAsymmetric
+                ? static_cast<float>(code) * scale + FloatFromF16(minima[r][g])
+            : format.grid == PackedGrid::kLogarithmic
+                ? static_cast<float>(LogGrid(format.bits)[static_cast<size_t>(code)]) / 64 * scale
+                : static_cast<float>(code - (1 << (format.bits - 1))) * scale;
+        ASSERT_EQ(LoadPackedValue(format, cols, row, col, bytes.data()), expected) << name;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace winnow
