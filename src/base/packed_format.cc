@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <charconv>
+#include <cstring>
 
 #include "base/checked_math.h"
 #include "base/dtype.h"
@@ -40,13 +41,9 @@ void ForEachPlane(int bits, int64_t row, int64_t col, const Visit& visit) {
 }
 
 uint16_t LoadHalf(const std::byte* from) {
-  return static_cast<uint16_t>(std::to_integer<unsigned>(from[0]) |
-                               std::to_integer<unsigned>(from[1]) << 8);
-}
-
-void StoreHalf(uint16_t bits, std::byte* to) {
-  to[0] = static_cast<std::byte>(bits & 0xff);
-  to[1] = static_cast<std::byte>(bits >> 8);
+  uint16_t bits = 0;
+  std::memcpy(&bits, from, sizeof(bits));
+  return bits;
 }
 
 // Where the row's scale of `group` lies in its block; `part` 1: the minimum.
@@ -73,10 +70,16 @@ std::optional<PackedFormat> PackedFormatFromName(std::string_view name) {
     return true;
   };
   if (!take("bit")) return std::nullopt;
-  if (take("-asym")) format.grid = PackedGrid::kAsymmetric;
-  if (take("-log")) format.grid = PackedGrid::kLogarithmic;
-  if (take("-g64")) format.group_columns = 64;
-  if (take("-g128")) format.group_columns = 128;
+  if (take("-asym")) {
+    format.grid = PackedGrid::kAsymmetric;
+  } else if (take("-log")) {
+    format.grid = PackedGrid::kLogarithmic;
+  }
+  if (take("-g64")) {
+    format.group_columns = 64;
+  } else if (take("-g128")) {
+    format.group_columns = 128;
+  }
   if (format.grid == PackedGrid::kLogarithmic && format.bits > 4) return std::nullopt;
   // One name for each format: nothing is left, and no part came twice or in another order.
   return name.empty() ? std::optional(format) : std::nullopt;
@@ -116,7 +119,7 @@ double PackedBitsPerWeight(const PackedFormat& format) {
 std::array<int8_t, 16> LogGrid(int bits) {
   std::array<int8_t, 16> grid{};
   const int half = 1 << (bits - 1);
-  for (int code = 0; code < half; ++code) {
+  for (int code = 0; code < half && code < 8; ++code) {
     const auto step = static_cast<int8_t>(64 >> code);
     grid[static_cast<size_t>(code)] = step;
     grid[static_cast<size_t>(half + code)] = static_cast<int8_t>(-step);
@@ -131,9 +134,9 @@ void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const
   const int64_t lane = row % kPackedRows;
   const int64_t groups = CeilDiv(cols, format.group_columns);
   for (int64_t group = 0; group < groups; ++group) {
-    StoreHalf(values.scales[group], block + HalfOffset(format, cols, lane, group, 0));
+    std::memcpy(block + HalfOffset(format, cols, lane, group, 0), &values.scales[group], 2);
     if (format.grid == PackedGrid::kAsymmetric) {
-      StoreHalf(values.minima[group], block + HalfOffset(format, cols, lane, group, 1));
+      std::memcpy(block + HalfOffset(format, cols, lane, group, 1), &values.minima[group], 2);
     }
   }
   for (int64_t col = 0; col < cols; ++col) {
@@ -141,10 +144,8 @@ void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const
     const unsigned code = values.codes[col];
     ForEachPlane(format.bits, lane, col % kPackedChunkColumns,
                  [&](int64_t at, int shift, int width, int from) {
-                   const unsigned mask = (1u << width) - 1;
-                   const unsigned part = (code >> from) & mask;
-                   const unsigned kept = std::to_integer<unsigned>(chunk[at]) & ~(mask << shift);
-                   chunk[at] = static_cast<std::byte>(kept | part << shift);
+                   const unsigned part = (code >> from) & ((1u << width) - 1);
+                   chunk[at] |= static_cast<std::byte>(part << shift);
                  });
   }
 }
