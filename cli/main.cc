@@ -130,6 +130,7 @@ int Main(int argc, char** argv) {
   AddCompress(app, session);
   AddFinetune(app, session);
   AddRun(app, session);
+  AddBench(app, session);
   AddTokenize(app, session);
   AddTrace(app, session);
   AddStats(app, session);
