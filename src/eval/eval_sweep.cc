@@ -100,10 +100,10 @@ SweptStates SweepLayers(const Model& model, const TokenSet& tokens, const EvalOp
   return swept;
 }
 
-void RequireIdsInVocabulary(const Model& model, std::span<const TokenTarget> targets) {
-  for (const TokenTarget& target : targets) {
-    if (target.id >= model.config().vocab_size) {
-      throw UsageError(fmt::format("token id {} is outside the model's vocabulary of {}", target.id,
+void RequireIdsInVocabulary(const Model& model, std::span<const int32_t> ids) {
+  for (const int32_t id : ids) {
+    if (id >= model.config().vocab_size) {
+      throw UsageError(fmt::format("token id {} is outside the model's vocabulary of {}", id,
                                    model.config().vocab_size),
                        "the ids were made with another tokenizer");
     }

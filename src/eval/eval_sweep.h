@@ -57,8 +57,8 @@ struct TokenScore {
   double log_likelihood = 0;  // natural log; not finite if the logits are not
   bool is_greedy = false;     // no id has a higher logit
 };
-// UsageError if a model of `vocab_size` ids does not have one of them.
-void RequireIdsInVocabulary(const Model& model, std::span<const TokenTarget> targets);
+// UsageError if an id is beyond the model's vocabulary; negative ones stand for nothing.
+void RequireIdsInVocabulary(const Model& model, std::span<const int32_t> ids);
 // Scores in the order of `targets`, which are in the order of the set's sequences. lm_head is read
 // once, a chunk of the vocabulary at a time, and multiplied with the rows asked for alone.
 std::vector<TokenScore> ScoreTargets(const Model& model, const TokenSet& tokens,

@@ -33,7 +33,7 @@ EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows,
 PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,
                                const EvalOptions& options, const EvalPlan& plan, ThreadPool& pool,
                                const JobControl& control) {
-  RequireIdsInVocabulary(model, TargetsOf(windows));
+  RequireIdsInVocabulary(model, windows.targets);
   SweptStates swept = SweepLayers(model, windows.inputs, options, plan, pool, control);
   PerplexityResult result = ScoreStates(model, windows, *swept.states, pool, control);
   result.skipping = std::move(swept.skipping);
