@@ -57,13 +57,19 @@ class RequestEncoder {
     if (context.empty()) {
       encoded = EncodeAlone(item, request.context + request.continuation);
     } else {
-      encoded.ids =
+      const std::vector<int32_t> whole =
           tokenizer_.Encode(request.context + request.continuation, encoding_.special_tokens);
-      if (context != context_ || context_ids_ == 0) {  // choices of an item share theirs
-        context_ids_ = tokenizer_.Encode(context, encoding_.special_tokens).size();
+      if (context != context_ || context_ids_.empty()) {  // choices of an item share theirs
+        context_ids_ = tokenizer_.Encode(context, encoding_.special_tokens);
         context_ = context;
       }
-      encoded.context = context_ids_;
+      // The context keeps its own ids even where the whole's first ids are others.
+      encoded.ids = context_ids_;
+      encoded.context = context_ids_.size();
+      if (whole.size() > encoded.context) {
+        encoded.ids.insert(encoded.ids.end(), whole.begin() + static_cast<int64_t>(encoded.context),
+                           whole.end());
+      }
     }
     if (encoded.ids.size() <= encoded.context) {
       throw UsageError(fmt::format("{}: choice {} adds no token to its context", item.where, index),
@@ -109,7 +115,7 @@ class RequestEncoder {
   const Tokenizer& tokenizer_;
   const RequestEncoding& encoding_;
   std::string context_;
-  size_t context_ids_ = 0;  // of context_
+  std::vector<int32_t> context_ids_;  // of context_
   int64_t truncated_ = 0;
 };
 

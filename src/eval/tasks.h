@@ -36,8 +36,9 @@ struct TaskRequests {
   int64_t truncated = 0;                      // requests cut from the left
 };
 
-// The context's trailing white space becomes part of the continuation; both are encoded together,
-// and the continuation's tokens are those beyond as many as the context alone has. UsageError for a
+// The context's trailing white space becomes part of the continuation. Fed are the ids of the
+// context encoded alone, then those of both encoded together beyond as many: where a token of the
+// whole reaches across the boundary, the context keeps its own. UsageError for a
 // continuation that adds no token or leaves no room for one of context, and for an empty context if
 // there is no prefix.
 TaskRequests EncodeRequests(std::span<const TaskItem> items, const Tokenizer& tokenizer,
@@ -47,6 +48,7 @@ struct RequestScore {
   double log_likelihood = 0;  // of the continuation: sum over its tokens, natural log
   int64_t tokens = 0;
   bool is_greedy = false;  // each token is the likeliest at its place
+  bool operator==(const RequestScore&) const = default;
 };
 struct TaskScores {
   std::vector<std::vector<RequestScore>> items;  // [items][requests]
