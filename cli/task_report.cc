@@ -97,7 +97,7 @@ std::string TargetTable(const TaskReport& report, size_t width) {
   for (const TaskResult& task : report.tasks) {
     if (IsChoiceTask(task)) continue;
     if (text.empty()) {
-      text = fmt::format("  {:<{}} {:>7}  {:>16}  {:>12} {:>10} {:>10} {:>9}\n", "targets", width,
+      text = fmt::format("  {:<{}} {:>7}  {:>16}  {:>12} {:>11} {:>10} {:>9}\n", "targets", width,
                          "items", "greedy", "ppl (target)", "ppl (token)", "+- (nll)", "bits/byte");
     }
     const PerplexityResult& target = *task.target;
