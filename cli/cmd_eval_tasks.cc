@@ -76,7 +76,7 @@ TaskScores Score(Session& session, const Model& model, std::span<const TaskItem>
   options.kept_experts = run.kept_experts;
   options.skip_betas = run.skip_betas;
   options.compute = session.compute();
-  const EvalPlan plan = PlanTasks(model, requests, options, session.pool().num_threads());
+  const EvalPlan plan = PlanTasks(model, items, requests, options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "eval");
   if (session.flags.dry_run) return {};
   return RunTasks(model, items, requests, options, plan, session.pool(), session.control());

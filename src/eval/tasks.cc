@@ -154,11 +154,17 @@ TaskRequests EncodeRequests(std::span<const TaskItem> items, const Tokenizer& to
   return requests;
 }
 
-EvalPlan PlanTasks(const Model& model, const TaskRequests& requests, const EvalOptions& options,
-                   int num_threads) {
-  const uint64_t bookkeeping =
-      requests.targets.size() * (sizeof(TokenTarget) + kTargetScoreBytes) +
-      requests.target_offsets.size() * (sizeof(size_t) + sizeof(RequestScore));
+EvalPlan PlanTasks(const Model& model, std::span<const TaskItem> items,
+                   const TaskRequests& requests, const EvalOptions& options, int num_threads) {
+  uint64_t bookkeeping = requests.targets.size() * (sizeof(TokenTarget) + kTargetScoreBytes) +
+                         requests.target_offsets.size() * (sizeof(size_t) + sizeof(RequestScore));
+  for (const TaskItem& item : items) {
+    bookkeeping += sizeof(TaskItem) + item.where.size() + item.task.size();
+    for (const TaskRequest& request : item.requests) {
+      bookkeeping += sizeof(TaskRequest) + request.context.size() + request.continuation.size() +
+                     2 * sizeof(int64_t);
+    }
+  }
   return PlanEval(model, requests.inputs, bookkeeping, options, num_threads);
 }
 

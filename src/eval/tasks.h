@@ -55,8 +55,8 @@ struct TaskScores {
   std::optional<SkipCounts> skipping;            // of all positions, if experts were skipped
 };
 
-EvalPlan PlanTasks(const Model& model, const TaskRequests& requests, const EvalOptions& options,
-                   int num_threads);
+EvalPlan PlanTasks(const Model& model, std::span<const TaskItem> items,
+                   const TaskRequests& requests, const EvalOptions& options, int num_threads);
 // ModelError, naming the item, if the model's logits are not finite; UsageError for ids outside its
 // vocabulary.
 TaskScores RunTasks(const Model& model, std::span<const TaskItem> items,

@@ -188,7 +188,7 @@ class SampleTasks : public testing::Test {
                    int threads = 1, EvalOptions options = {}, bool spill = false) const {
     options.memory_budget_bytes = kAmpleBytes;
     ThreadPool pool(threads);
-    EvalPlan plan = PlanTasks(model_, requests, options, threads);
+    EvalPlan plan = PlanTasks(model_, items, requests, options, threads);
     plan.spill = spill;
     return RunTasks(model_, items, requests, options, plan, pool, {});
   }
@@ -207,9 +207,9 @@ RequestScore ScoreAlone(const Model& model, const SentRequest& request) {
   for (auto t = static_cast<size_t>(request.context); t < request.ids.size(); ++t) {
     const float* row = logits.data() + (t - 1) * vocabulary;
     double sum = 0;
-    for (size_t v = 0; v < vocabulary; ++v) sum += std::exp(double{row[v]});
+    for (size_t v = 0; v < vocabulary; ++v) sum += std::exp(static_cast<double>(row[v]));
     const float logit = row[request.ids[t]];
-    score.log_likelihood += double{logit} - std::log(sum);
+    score.log_likelihood += static_cast<double>(logit) - std::log(sum);
     score.is_greedy = score.is_greedy && logit == *std::max_element(row, row + vocabulary);
     ++score.tokens;
   }
@@ -314,10 +314,12 @@ TEST_F(SampleTasks, RequestsThatCannotBeScoredAreRefused) {
 TEST_F(SampleTasks, PlansWithinTheBudget) {
   const std::vector<TaskItem> items = ReadTaskItems(kItems, 0);
   const TaskRequests requests = Encode(items, 63);
-  const EvalPlan ample = PlanTasks(model_, requests, {.memory_budget_bytes = kAmpleBytes}, 1);
+  const EvalPlan ample =
+      PlanTasks(model_, items, requests, {.memory_budget_bytes = kAmpleBytes}, 1);
   EXPECT_TRUE(ample.prefetch);
   EXPECT_FALSE(ample.spill);
-  EXPECT_THROW(PlanTasks(model_, requests, {.memory_budget_bytes = 1 << 20}, 1), ResourceError);
+  EXPECT_THROW(PlanTasks(model_, items, requests, {.memory_budget_bytes = 1 << 20}, 1),
+               ResourceError);
 }
 
 // Items whose choices have lengths 1 and 4 bytes, 1 and 2 characters.
