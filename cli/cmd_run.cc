@@ -27,8 +27,9 @@ int RunIds(Session& session, RunFlags& flags, const Model& model) {
     const auto begin = static_cast<size_t>(rows.offsets[static_cast<size_t>(i)]);
     const auto end = static_cast<size_t>(rows.offsets[static_cast<size_t>(i) + 1]);
     const std::span<const int32_t> prompt = std::span(rows.ids).subspan(begin, end - begin);
-    const GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()),
-                                           flags.options, session.pool().num_threads());
+    const GeneratePlan plan =
+        PlanGenerate(model, static_cast<int64_t>(prompt.size()) + flags.options.max_new_tokens,
+                     flags.options, session.pool().num_threads());
     session.RequireMemory(plan.memory, "run");
     const GenerateResult result = Generate(model, prompt, flags.options, plan, session.pool(),
                                            session.control(), [](int32_t) { return true; });
@@ -56,8 +57,9 @@ int RunVerb(Session& session, RunFlags& flags) {
   const Tokenizer tokenizer = Tokenizer::Load(flags.model);
   flags.options.vocabulary_limit = tokenizer.vocab_size();
   const std::vector<int32_t> prompt = tokenizer.Encode(flags.prompt, true);
-  const GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()), flags.options,
-                                         session.pool().num_threads());
+  const GeneratePlan plan =
+      PlanGenerate(model, static_cast<int64_t>(prompt.size()) + flags.options.max_new_tokens,
+                   flags.options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "run");
   const int64_t context = model.config().max_position_embeddings;
   if (context > 0 && static_cast<int64_t>(prompt.size()) + flags.options.max_new_tokens > context) {
