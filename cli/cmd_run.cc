@@ -46,6 +46,7 @@ int RunVerb(Session& session, RunFlags& flags) {
   const Model model = Model::Open(flags.model);
   flags.options.memory_budget_bytes = session.memory_budget();
   flags.options.stop_at_eos = !flags.ignore_eos;
+  flags.options.compute = session.compute();
   flags.options.kept_experts = WhatIf(session, model, flags.plan);
   flags.options.skip_betas = SkippingOf(model, flags.plan, flags.no_skip);
   if (!flags.ids.empty()) return RunIds(session, flags, model);
