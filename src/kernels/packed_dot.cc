@@ -120,10 +120,9 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, i
     VI sums[kXRows];
     HWY_UNROLL(4)
     for (VI& sum : sums) sum = hn::Zero(di);
-    __builtin_prefetch(chunk + 1024);
-    if constexpr (kBits > 1) __builtin_prefetch(chunk + 1088);
-    if constexpr (kBits > 2) __builtin_prefetch(chunk + 1152);
-    if constexpr (kBits > 3) __builtin_prefetch(chunk + 1216);
+    // Blocks follow each other: at the end of this one the next one's bytes are ahead.
+    HWY_UNROLL(8)
+    for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
     AddVectors<kBits, kLog, kXRows>(chunk, task.digits + at * kDigitBytes, levels, sums);
     const std::byte* halves =
         block + (c / layout.chunks_per_group * kPackedRows + lane) * int64_t{sizeof(uint16_t)};

@@ -12,6 +12,9 @@
 namespace winnow {
 
 inline constexpr int64_t kDigitBytes = 64;  // of a chunk of one row
+// How far ahead of their use packed weights are fetched into L2: at this rate of reading, the time
+// RAM takes when it is busy. Measured: 2 KiB gives 55 % of the bandwidth, 16 KiB 75 %.
+inline constexpr int64_t kAheadBytes = 16 << 10;
 
 // Whether the byte form is in use: AVX-512 with VNNI, which multiplies bytes.
 bool VnniSelected();

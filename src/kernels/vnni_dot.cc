@@ -90,7 +90,7 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout
     for (int r = 0; r < kXRows; ++r) high[r] = low[r] = _mm512_setzero_si512();
       // The blocks follow each other: ahead is the next block's memory at the end of this one.
 #pragma GCC unroll 8
-    for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + 2048 + 64 * i);
+    for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
     AddVectors<kBits, kLog, kXRows>(chunk, task.digits + at * kDigitBytes, levels, high, low);
     const std::byte* halves = bytes + c / layout.chunks_per_group * kPackedRows * 2;
     __m512 scale = LoadHalves(halves);
