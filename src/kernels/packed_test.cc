@@ -202,13 +202,14 @@ TEST(PackedDot, VnniAndPairsAgreeBitForBit) {
     const PackedWeight w(format, n, k, 1);
     const std::vector<float> x = Normals(rows * k, 3);
     std::vector<float> results[2];
-    for (const bool byte_form : {false, true}) {
-      std::vector<std::byte> digits(static_cast<size_t>(chunks * kDigitBytes));
+    for (const DigitForm form : {DigitForm::kBytes, DigitForm::kPairsAndBytes}) {
+      const bool vnni = form == DigitForm::kBytes;
+      std::vector<std::byte> digits(static_cast<size_t>(chunks * DigitBytes(form)));
       std::vector<float> scales(static_cast<size_t>(chunks));
       std::vector<int32_t> sums(static_cast<size_t>(chunks));
-      std::vector<float>& y = results[byte_form ? 1 : 0];
+      std::vector<float>& y = results[vnni ? 1 : 0];
       y.resize(static_cast<size_t>(rows * n));
-      PackDigits(x.data(), rows, k, k, byte_form, digits.data(), scales.data(), sums.data());
+      PackDigits(x.data(), rows, k, k, form, digits.data(), scales.data(), sums.data());
       const PackedDotTask task = {.digits = digits.data(),
                                   .scales = scales.data(),
                                   .sums = sums.data(),
@@ -218,7 +219,7 @@ TEST(PackedDot, VnniAndPairsAgreeBitForBit) {
                                   .ld_y = n,
                                   .first_block = 0,
                                   .end_block = 4};
-      byte_form ? RunPackedDotVnni(task) : RunPackedDotPairs(task);
+      vnni ? RunPackedDotVnni(task) : RunPackedDotPairs(task);
     }
     EXPECT_TRUE(SameBits(results[0], results[1])) << format;
   }
