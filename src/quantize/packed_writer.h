@@ -56,6 +56,9 @@ class PackedCheckpointWriter {
                    std::span<const std::byte> up, std::span<const std::byte> down);
   // `layer` is ignored for kLmHead.
   void WriteMatrix(int64_t layer, Matrix matrix, std::span<const std::byte> bytes);
+  // The same a part at a time, for matrices that are not to be held: whole blocks of kPackedRows
+  // rows from `first_row` on, ascending without gaps.
+  void WriteRows(int64_t layer, Matrix matrix, int64_t first_row, std::span<const std::byte> bytes);
 
   // Copies every other tensor and file, writes config.json, the model card (`card`, Markdown below
   // its title: what was done) and winnow-quantize.json (`record`), opens the result as a model,
@@ -68,7 +71,6 @@ class PackedCheckpointWriter {
   uint64_t total_bytes() const;
 
  private:
-  class Layout;
   struct State;
   std::unique_ptr<State> state_;
 };
