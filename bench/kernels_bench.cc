@@ -23,6 +23,7 @@
 #include "base/error.h"
 #include "kernels/elementwise.h"
 #include "kernels/matmul.h"
+#include "kernels/matvec.h"
 #include "kernels/targets.h"
 #include "machine_peak.h"
 #include "onednn_matmul.h"

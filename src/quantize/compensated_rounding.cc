@@ -31,88 +31,65 @@ int64_t CeilDiv(int64_t a, int64_t b) {
 struct Block {
   int64_t first = 0, count = 0;  // positions in the order
 };
-struct Order {
-  std::vector<int64_t> column;  // [cols], of a position
-  std::vector<Block> groups;    // runs of positions
-  std::vector<Block> blocks;    // whole groups, kBlockColumns positions at most
+struct Blocks {
+  std::vector<Block> groups;  // runs of positions
+  std::vector<Block> blocks;  // whole groups, kBlockColumns positions at most
 };
 
-Order OrderColumns(const PackedFormat& format, int64_t cols, std::span<const double> moments) {
-  const auto size_of = [&](int64_t group) {
-    return std::min(format.group_columns, cols - group * format.group_columns);
-  };
+int64_t GroupSize(const PackedFormat& format, int64_t cols, int64_t group) {
+  return std::min(format.group_columns, cols - group * format.group_columns);
+}
+
+std::vector<int64_t> OrderColumns(const PackedFormat& format, int64_t cols,
+                                  std::span<const double> moments) {
   const auto diagonal = [&](int64_t col) { return moments[static_cast<size_t>(col * cols + col)]; };
   const int64_t num_groups = CeilDiv(cols, format.group_columns);
-  std::vector<double> weight(static_cast<size_t>(num_groups), 0.0);
+  std::vector<double> mean(static_cast<size_t>(num_groups), 0.0);
   for (int64_t col = 0; col < cols; ++col) {
     const int64_t group = col / format.group_columns;
-    weight[static_cast<size_t>(group)] += diagonal(col) / static_cast<double>(size_of(group));
+    mean[static_cast<size_t>(group)] +=
+        diagonal(col) / static_cast<double>(GroupSize(format, cols, group));
   }
   std::vector<int64_t> groups(static_cast<size_t>(num_groups));
   std::iota(groups.begin(), groups.end(), 0);
   std::stable_sort(groups.begin(), groups.end(), [&](int64_t a, int64_t b) {
-    return weight[static_cast<size_t>(a)] > weight[static_cast<size_t>(b)];
+    return mean[static_cast<size_t>(a)] > mean[static_cast<size_t>(b)];
   });
-  Order order;
+  std::vector<int64_t> order;
   for (const int64_t group : groups) {
-    const auto first = static_cast<int64_t>(order.column.size());
-    const int64_t count = size_of(group);
-    order.groups.push_back({first, count});
-    if (order.blocks.empty() || order.blocks.back().count + count > kBlockColumns) {
-      order.blocks.push_back({first, 0});
-    }
-    order.blocks.back().count += count;
-    for (int64_t i = 0; i < count; ++i) order.column.push_back(group * format.group_columns + i);
-    std::stable_sort(order.column.end() - count, order.column.end(),
+    const int64_t count = GroupSize(format, cols, group);
+    for (int64_t i = 0; i < count; ++i) order.push_back(group * format.group_columns + i);
+    std::stable_sort(order.end() - count, order.end(),
                      [&](int64_t a, int64_t b) { return diagonal(a) > diagonal(b); });
   }
   return order;
 }
 
-// U [cols, cols] of the head comment, f32, in `order`. More damping is taken where rounding in the
-// moments left them indefinite.
-std::vector<float> InverseFactor(std::span<const double> moments, int64_t cols, const Order& order,
-                                 double damping, ThreadPool& pool) {
-  double mean = 0;
-  for (int64_t col = 0; col < cols; ++col) mean += moments[static_cast<size_t>(col * cols + col)];
-  mean /= static_cast<double>(cols);
-  std::vector<double> reversed(static_cast<size_t>(cols * cols));
-  for (;; damping = std::max(damping * 10, 1e-6)) {
-    for (int64_t i = 0; i < cols; ++i) {
-      const int64_t row = order.column[static_cast<size_t>(cols - 1 - i)];
-      double* to = reversed.data() + i * cols;
-      for (int64_t j = 0; j <= i; ++j) {
-        const int64_t col = order.column[static_cast<size_t>(cols - 1 - j)];
-        to[j] = moments[static_cast<size_t>(row * cols + col)];
-      }
-      // A column without input has no correlations either: it is rounded by itself.
-      to[i] = to[i] > 0 ? to[i] + damping * mean : mean;
+Blocks BlocksOf(const PackedFormat& format, const std::vector<int64_t>& order) {
+  const auto cols = static_cast<int64_t>(order.size());
+  Blocks result;
+  for (int64_t first = 0; first < cols;) {
+    const int64_t group = order[static_cast<size_t>(first)] / format.group_columns;
+    const int64_t count = GroupSize(format, cols, group);
+    result.groups.push_back({first, count});
+    if (result.blocks.empty() || result.blocks.back().count + count > kBlockColumns) {
+      result.blocks.push_back({first, 0});
     }
-    if (InverseCholeskyFactor(reversed.data(), cols, pool)) break;
-    if (!(damping < 10)) {
-      throw RuntimeError("the second moments of a matrix's inputs have no inverse",
-                         "calibrate with more text");
-    }
+    result.blocks.back().count += count;
+    first += count;
   }
-  std::vector<float> factor(static_cast<size_t>(cols * cols), 0.0f);
-  for (int64_t i = 0; i < cols; ++i) {
-    for (int64_t j = i; j < cols; ++j) {
-      factor[static_cast<size_t>(i * cols + j)] =
-          static_cast<float>(reversed[static_cast<size_t>((cols - 1 - i) * cols + cols - 1 - j)]);
-    }
-  }
-  return factor;
+  return result;
 }
 
 class CompensatedRounder {
  public:
   CompensatedRounder(const float* w, int64_t rows, int64_t cols, const PackedFormat& format,
-                     Order order, std::vector<float> factor)
+                     const InputFactor& factor)
       : rows_(rows),
         cols_(cols),
         format_(format),
-        order_(std::move(order)),
-        factor_(std::move(factor)),
+        blocks_(BlocksOf(format, factor.order)),
+        factor_(factor),
         w_(static_cast<size_t>(rows * cols)),
         error_(static_cast<size_t>(rows * kBlockColumns)),
         codes_(static_cast<size_t>(rows * cols)),
@@ -122,7 +99,7 @@ class CompensatedRounder {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t at = 0; at < cols; ++at) {
         w_[static_cast<size_t>(row * cols + at)] =
-            w[row * cols + order_.column[static_cast<size_t>(at)]];
+            w[row * cols + factor_.order[static_cast<size_t>(at)]];
       }
     }
     for (int64_t at = 0; at < cols; ++at) {
@@ -133,10 +110,10 @@ class CompensatedRounder {
 
   void Run(std::byte* bytes, ThreadPool& pool) {
     size_t group = 0;
-    for (const Block& block : order_.blocks) {
+    for (const Block& block : blocks_.blocks) {
       const size_t first_group = group;
-      while (group < order_.groups.size() &&
-             order_.groups[group].first < block.first + block.count) {
+      while (group < blocks_.groups.size() &&
+             blocks_.groups[group].first < block.first + block.count) {
         ++group;
       }
       pool.Run(CeilDiv(rows_, kPackedRows), [&](int64_t task, int) {
@@ -144,7 +121,7 @@ class CompensatedRounder {
         for (int64_t row = task * kPackedRows; row < std::min(rows_, (task + 1) * kPackedRows);
              ++row) {
           for (size_t i = first_group; i < group; ++i)
-            RoundGroup(row, order_.groups[i], block, fitter);
+            RoundGroup(row, blocks_.groups[i], block, fitter);
         }
       });
       UpdateAfter(block, pool);
@@ -153,14 +130,14 @@ class CompensatedRounder {
   }
 
  private:
-  const float* Factor(int64_t at) const { return factor_.data() + at * cols_; }
+  const float* Factor(int64_t at) const { return factor_.inverse.data() + at * cols_; }
 
   void RoundGroup(int64_t row, const Block& group, const Block& block, GroupFitter& fitter) {
     float* w = w_.data() + row * cols_;
     float* error = error_.data() + row * kBlockColumns;
     const GroupScale scale =
         fitter.Fit(w + group.first, group_weight_.data() + group.first, group.count);
-    const int64_t stored = order_.column[static_cast<size_t>(group.first)] / format_.group_columns;
+    const int64_t stored = factor_.order[static_cast<size_t>(group.first)] / format_.group_columns;
     const auto at_scale = static_cast<size_t>(row * CeilDiv(cols_, format_.group_columns) + stored);
     scales_[at_scale] = scale.scale_bits;
     minima_[at_scale] = scale.minimum_bits;
@@ -168,7 +145,7 @@ class CompensatedRounder {
     for (int64_t at = group.first; at < group.first + group.count; ++at) {
       const float* factor = Factor(at);
       const uint8_t code = fitter.Code(scale, w[at]);
-      codes_[static_cast<size_t>(row * cols_ + order_.column[static_cast<size_t>(at)])] = code;
+      codes_[static_cast<size_t>(row * cols_ + factor_.order[static_cast<size_t>(at)])] = code;
       const float step = (w[at] - fitter.Value(scale, code)) / factor[at];
       error[at - block.first] = step;
       for (int64_t later = at + 1; later < end; ++later) w[later] -= step * factor[later];
@@ -212,10 +189,10 @@ class CompensatedRounder {
 
   int64_t rows_, cols_;
   PackedFormat format_;
-  Order order_;
-  std::vector<float> factor_;  // U
-  std::vector<float> w_;       // [rows, cols] in the order, with the errors taken so far
-  std::vector<float> error_;   // [rows, kBlockColumns] over U_ii
+  Blocks blocks_;
+  const InputFactor& factor_;
+  std::vector<float> w_;      // [rows, cols] in the order, with the errors taken so far
+  std::vector<float> error_;  // [rows, kBlockColumns] over U_ii
   std::vector<float> change_;
   std::vector<uint8_t> codes_;             // [rows, cols] in the matrix's order
   std::vector<uint16_t> scales_, minima_;  // [rows, groups]
@@ -224,25 +201,64 @@ class CompensatedRounder {
 
 }  // namespace
 
-void RoundCompensated(const float* w, int64_t rows, int64_t cols, const PackedFormat& format,
-                      std::span<const double> moments, double damping, std::byte* bytes,
-                      ThreadPool& pool) {
-  double sum = 0;
-  for (int64_t i = 0; i < cols; ++i) sum += moments[static_cast<size_t>(i * cols + i)];
-  if (!std::isfinite(sum)) {
+InputFactor FactorInputs(std::span<const double> moments, int64_t cols, const PackedFormat& format,
+                         double damping, ThreadPool& pool) {
+  double mean = 0;
+  for (int64_t col = 0; col < cols; ++col) mean += moments[static_cast<size_t>(col * cols + col)];
+  mean /= static_cast<double>(cols);
+  if (!std::isfinite(mean)) {
     throw RuntimeError("the inputs of a matrix are not all finite numbers",
-                       "winnow doctor checks the model");
+                       "winnow doctor checks the model's weights");
   }
-  if (sum == 0) return RoundPlain(w, rows, cols, format, {}, bytes, pool);
+  if (mean == 0) return {};
+  InputFactor factor;
+  factor.order = OrderColumns(format, cols, moments);
+  std::vector<double> reversed(static_cast<size_t>(cols * cols));
+  // More damping is taken where rounding in the moments has left them indefinite.
+  for (;; damping = std::max(damping * 10, 1e-6)) {
+    pool.Run(cols, [&](int64_t i, int) {
+      const int64_t row = factor.order[static_cast<size_t>(cols - 1 - i)];
+      double* to = reversed.data() + i * cols;
+      for (int64_t j = 0; j <= i; ++j) {
+        const int64_t col = factor.order[static_cast<size_t>(cols - 1 - j)];
+        to[j] = moments[static_cast<size_t>(row * cols + col)];
+      }
+      // A column without input has no correlations either: it is rounded by itself.
+      to[i] = to[i] > 0 ? to[i] + damping * mean : mean;
+    });
+    if (InverseCholeskyFactor(reversed.data(), cols, pool)) break;
+    if (!(damping < 10)) {
+      throw RuntimeError("the second moments of a matrix's inputs have no inverse",
+                         "calibrate with more text");
+    }
+  }
+  factor.inverse.assign(static_cast<size_t>(cols * cols), 0.0f);
+  for (int64_t i = 0; i < cols; ++i) {
+    for (int64_t j = i; j < cols; ++j) {
+      factor.inverse[static_cast<size_t>(i * cols + j)] =
+          static_cast<float>(reversed[static_cast<size_t>((cols - 1 - i) * cols + cols - 1 - j)]);
+    }
+  }
+  return factor;
+}
+
+void RoundCompensated(const float* w, int64_t rows, int64_t cols, const PackedFormat& format,
+                      const InputFactor& factor, std::byte* bytes, ThreadPool& pool) {
+  if (factor.order.empty()) return RoundPlain(w, rows, cols, format, {}, bytes, pool);
   for (int64_t i = 0; i < rows * cols; ++i) {
     if (std::isfinite(w[i])) continue;
     throw ModelError(
         fmt::format("the weight at row {}, column {} is not a finite number", i / cols, i % cols),
         "winnow doctor lists the tensors that have such weights");
   }
-  Order order = OrderColumns(format, cols, moments);
-  std::vector<float> factor = InverseFactor(moments, cols, order, damping, pool);
-  CompensatedRounder(w, rows, cols, format, std::move(order), std::move(factor)).Run(bytes, pool);
+  CompensatedRounder(w, rows, cols, format, factor).Run(bytes, pool);
+}
+
+void RoundCompensated(const float* w, int64_t rows, int64_t cols, const PackedFormat& format,
+                      std::span<const double> moments, double damping, std::byte* bytes,
+                      ThreadPool& pool) {
+  RoundCompensated(w, rows, cols, format, FactorInputs(moments, cols, format, damping, pool), bytes,
+                   pool);
 }
 
 }  // namespace winnow

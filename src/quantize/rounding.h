@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/packed_format.h"  // PackedFormat
 #include "base/thread_pool.h"    // ThreadPool
@@ -27,6 +28,20 @@ void RoundPlain(const float* w, int64_t rows, int64_t cols, const PackedFormat& 
 void RoundCompensated(const float* w, int64_t rows, int64_t cols, const PackedFormat& format,
                       std::span<const double> moments, double damping, std::byte* bytes,
                       ThreadPool& pool);
+
+// What RoundCompensated makes of the moments, for callers that round several matrices with the same
+// inputs or one in pieces. It holds cols^2 floats.
+struct InputFactor {
+  // order [cols]: columns in the order of rounding, whole groups. inverse [cols, cols], upper
+  // triangular in that order: U of (moments + damping)^-1 = U^T U. Both empty if no input is there.
+  std::vector<int64_t> order;
+  std::vector<float> inverse;
+};
+InputFactor FactorInputs(std::span<const double> moments, int64_t cols, const PackedFormat& format,
+                         double damping, ThreadPool& pool);
+// `factor` made for the same group_columns.
+void RoundCompensated(const float* w, int64_t rows, int64_t cols, const PackedFormat& format,
+                      const InputFactor& factor, std::byte* bytes, ThreadPool& pool);
 
 // What rounding cost: sum over rows of d M d^T, d = w - what the bytes stand for. With the mean of
 // x x^T as M [cols, cols] it is the mean of ||(W - Q) x||^2. `moments` may also be [cols], the
