@@ -31,6 +31,9 @@ class AttentionBlock {
   // hidden [n, hidden_size], n = sum of `lengths`, sequences one after the other, positions from 0.
   void Run(const LayerWeights& weights, std::span<const int64_t> lengths, float* hidden);
 
+  // What the output projection multiplied in the last Run [n, query_width].
+  const float* attended() const { return attended_.data(); }
+
   // n new tokens of one sequence that already has `past` tokens in `cache` (of `capacity` rows a
   // head); appends them to it.
   void RunCached(const LayerWeights& weights, int64_t past, int64_t n, int64_t capacity,

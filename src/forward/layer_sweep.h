@@ -46,6 +46,8 @@ class LayerSweep {
                 MoeObserver* observer);
   // The two halves, for callers that need them apart (tile by tile).
   void RunAttention(const LayerWeights& weights, const SequenceTile& tile, float* hidden);
+  // What the output projection multiplied in the last of them [tokens, query_width].
+  const float* attended() const { return attention_.attended(); }
   void RunFeedForward(const LayerWeights& weights, const FeedForwardCall& call, int64_t num_tokens,
                       float* hidden);
   // One expert alone on normed rows x [n, hidden] -> y [n, hidden].

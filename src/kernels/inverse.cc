@@ -116,14 +116,20 @@ bool FactorBlock(double* a, int64_t ld, int64_t m, std::vector<double>& inverse)
   return true;
 }
 
-}  // namespace
+int64_t BlockSize(int64_t n, int64_t block) {
+  return std::min(kBlock, n - block * kBlock);
+}
 
-bool InvertPositiveDefinite(double* a, int64_t n, ThreadPool& pool) {
-  const auto subtract = [](auto... arguments) {
-    HWY_DYNAMIC_DISPATCH(SubtractProduct)(arguments...);
-  };
+template <class... Arguments>
+void Subtract(Arguments... arguments) {
+  HWY_DYNAMIC_DISPATCH(SubtractProduct)(arguments...);
+}
+
+// a = L L^T is factored in its lower triangle; x [n, n] becomes L^-1, zeros above its diagonal.
+bool InverseOfFactor(double* a, int64_t n, std::vector<double>& x, ThreadPool& pool) {
+  const auto subtract = [](auto... arguments) { Subtract(arguments...); };
   const int64_t blocks = NumBlocks(n);
-  const auto size = [&](int64_t block) { return std::min(kBlock, n - block * kBlock); };
+  const auto size = [&](int64_t block) { return BlockSize(n, block); };
   std::vector<std::vector<double>> diagonal(static_cast<size_t>(blocks));  // inverses of L_JJ
   // a = L L^T, L in the lower triangle.
   std::vector<double> panel_transposed;
@@ -161,8 +167,8 @@ bool InvertPositiveDefinite(double* a, int64_t n, ThreadPool& pool) {
                panel_transposed.data(), below, rows, columns, m);
     });
   }
-  // X = L^-1 by columns of blocks, in a matrix of its own (zero above the diagonal).
-  std::vector<double> x(static_cast<size_t>(n * n), 0.0);
+  // X = L^-1 by columns of blocks.
+  x.assign(static_cast<size_t>(n * n), 0.0);
   pool.Run(blocks, [&](int64_t j, int) {
     const int64_t columns = size(j);
     for (int64_t i = j; i < blocks; ++i) {
@@ -184,11 +190,26 @@ bool InvertPositiveDefinite(double* a, int64_t n, ThreadPool& pool) {
       subtract(out, n, inverse.data(), rows, 1, sum.data(), columns, rows, columns, rows);
     }
   });
+  return true;
+}
+
+}  // namespace
+
+bool InverseCholeskyFactor(double* a, int64_t n, ThreadPool& pool) {
+  std::vector<double> x;
+  if (!InverseOfFactor(a, n, x, pool)) return false;
+  std::copy(x.begin(), x.end(), a);
+  return true;
+}
+
+bool InvertPositiveDefinite(double* a, int64_t n, ThreadPool& pool) {
+  std::vector<double> x;
+  if (!InverseOfFactor(a, n, x, pool)) return false;
   // a^-1 = X^T X: row block i needs the rows of X from i on.
-  pool.Run(blocks, [&](int64_t i, int) {
-    const int64_t rows = size(i), first = i * kBlock, columns = first + rows;
+  pool.Run(NumBlocks(n), [&](int64_t i, int) {
+    const int64_t rows = BlockSize(n, i), first = i * kBlock, columns = first + rows;
     std::vector<double> sum(static_cast<size_t>(rows * columns), 0.0);
-    subtract(sum.data(), columns, x.data() + first * n + first, 1, n, x.data() + first * n, n, rows,
+    Subtract(sum.data(), columns, x.data() + first * n + first, 1, n, x.data() + first * n, n, rows,
              columns, n - first);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {

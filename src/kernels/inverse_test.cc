@@ -49,6 +49,28 @@ TEST_P(InverseTest, MatchesItsReferenceForAnyThreads) {
   }
 }
 
+TEST_P(InverseTest, TheInverseFactorIsTriangularAndMakesTheInverse) {
+  for (const int64_t n : {1, 5, 64, 150}) {
+    const std::vector<double> a = PositiveDefinite(n, static_cast<uint32_t>(n));
+    std::vector<double> expected = a, factor = a;
+    ASSERT_TRUE(InvertPositiveDefiniteReference(expected.data(), n));
+    ThreadPool pool(2);
+    ASSERT_TRUE(InverseCholeskyFactor(factor.data(), n, pool));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0;  // (L^-T L^-1)_ij
+        for (int64_t k = 0; k < n; ++k) {
+          sum += factor[static_cast<size_t>(k * n + i)] * factor[static_cast<size_t>(k * n + j)];
+        }
+        ASSERT_NEAR(sum, expected[static_cast<size_t>(i * n + j)], 1e-12) << n;
+        if (j > i) {
+          ASSERT_EQ(factor[static_cast<size_t>(i * n + j)], 0) << n;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(InverseTest, RefusesWhatIsNotPositiveDefinite) {
   ThreadPool pool(1);
   for (const double last : {-1.0, 0.0, static_cast<double>(NAN)}) {

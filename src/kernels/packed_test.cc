@@ -1,6 +1,7 @@
 // Products with packed weights: against the values the format's reference gives.
 #include <cmath>
 
+#include "kernels/accumulate.h"
 #include "kernels/bf16_tile.h"
 #include "kernels/matmul.h"
 #include "kernels/matvec.h"
@@ -159,6 +160,16 @@ TEST_P(PackedTest, JobsShareACall) {
   MatVec(x.data(), 2, plain.view(), b_alone.data(), 24, pool);
   EXPECT_TRUE(SameBits(a, a_alone));
   EXPECT_TRUE(SameBits(b, b_alone));
+}
+
+// Sums of a packed weight are those of its values.
+TEST_P(PackedTest, MomentsAreThoseOfTheValues) {
+  const PackedWeight w(GetParam(), 21, 75, 3);
+  double absolute = 0, square = 0, want_absolute = 0, want_square = 0;
+  AccumulateMoments(w.view(), &absolute, &square);
+  AccumulateMomentsReference(w.view(), &want_absolute, &want_square);
+  EXPECT_NEAR(absolute, want_absolute, 1e-12 * want_absolute);  // sums in another order
+  EXPECT_NEAR(square, want_square, 1e-12 * want_square);
 }
 
 TEST_P(PackedTest, NanStaysInItsRow) {

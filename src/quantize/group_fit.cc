@@ -1,0 +1,285 @@
+#include "quantize/group_fit.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "base/dtype.h"
+#include "base/error.h"
+
+namespace winnow {
+namespace {
+
+constexpr int64_t kPadding = 16;       // SumCodes
+constexpr size_t kRefined = 4;         // candidates that least squares improves further
+constexpr int kRefinements = 6;        // rounds of it at most
+constexpr float kLargestHalf = 65504;  // f16
+
+// Where the code of the largest weight may lie, as shares of 2^(bits - 1): below one its end of the
+// grid is not used, above one the weight is clipped. The fewer bits, the more clipping pays.
+struct SymmetricSearch {
+  float from, to;
+  int steps;
+};
+constexpr std::array<SymmetricSearch, 9> kSymmetricSearch = {{{},
+                                                              {},
+                                                              {0.55f, 2.6f, 32},
+                                                              {0.7f, 2.0f, 28},
+                                                              {0.8f, 1.6f, 26},
+                                                              {0.88f, 1.3f, 22},
+                                                              {0.94f, 1.15f, 32},
+                                                              {0.97f, 1.08f, 12},
+                                                              {0.98f, 1.05f, 12}}};
+
+std::vector<float> SymmetricPositions(int bits) {
+  const SymmetricSearch& search = kSymmetricSearch[static_cast<size_t>(bits)];
+  const auto half = static_cast<float>(1 << (bits - 1));
+  std::vector<float> positions;
+  for (int step = 0; step < search.steps; ++step) {
+    const float share = static_cast<float>(step) / static_cast<float>(search.steps - 1);
+    positions.push_back(half * (search.from + share * (search.to - search.from)));
+  }
+  // Weights that are on the grid already: their largest has a whole code.
+  for (int code = bits <= 4 ? 1 : (1 << (bits - 1)) - 1; code <= 1 << (bits - 1); ++code) {
+    positions.push_back(static_cast<float>(code));
+  }
+  return positions;
+}
+
+std::vector<float> AsymmetricClips(int bits) {
+  if (bits == 2) return {-0.08f, -0.04f, 0, 0.04f, 0.08f, 0.12f, 0.16f, 0.2f, 0.25f};
+  if (bits == 3) return {-0.03f, 0, 0.03f, 0.06f, 0.1f, 0.14f, 0.18f};
+  if (bits == 4) return {-0.015f, 0, 0.02f, 0.04f, 0.07f, 0.1f};
+  return {0, 0.01f, 0.03f};
+}
+
+}  // namespace
+
+GroupFitter::GroupFitter(const PackedFormat& format) : format_(format) {
+  const auto size = static_cast<size_t>(format.group_columns);
+  x_.resize(size);
+  weight_.resize(size);
+  switch (format.grid) {
+    case PackedGrid::kSymmetric:
+      high_ = static_cast<float>((1 << (format.bits - 1)) - 1);
+      low_ = -high_ - 1;
+      positions_ = SymmetricPositions(format.bits);
+      break;
+    case PackedGrid::kAsymmetric:
+      high_ = static_cast<float>((1 << format.bits) - 1);
+      clips_ = AsymmetricClips(format.bits);
+      break;
+    case PackedGrid::kLogarithmic:
+      for (const int8_t level : LogGrid(format.bits)) levels_.push_back(level);
+      break;
+  }
+}
+
+GroupScale GroupFitter::Stored(float scale, float minimum) const {
+  if (!(std::fabs(scale) <= kLargestHalf) || !(std::fabs(minimum) <= kLargestHalf)) {
+    throw ModelError(fmt::format("a weight of magnitude {:g} is too large for a scale in f16",
+                                 static_cast<double>(std::max(largest_, -smallest_))));
+  }
+  GroupScale stored;
+  stored.scale_bits = F16FromFloat(scale);
+  stored.scale = FloatFromF16(stored.scale_bits);
+  if (format_.grid == PackedGrid::kAsymmetric) {
+    stored.minimum_bits = F16FromFloat(minimum);
+    stored.minimum = FloatFromF16(stored.minimum_bits);
+  }
+  return stored;
+}
+
+GroupScale GroupFitter::Fit(const float* x, const float* weight, int64_t count) {
+  count_ = count;
+  padded_ = (count + kPadding - 1) / kPadding * kPadding;
+  const float heaviest = *std::max_element(weight, weight + count);
+  weight_sum_ = square_sum_ = 0;
+  largest_ = -std::numeric_limits<float>::infinity();
+  smallest_ = -largest_;
+  for (int64_t i = 0; i < padded_; ++i) {
+    const auto at = static_cast<size_t>(i);
+    x_[at] = i < count ? x[i] : 0;
+    weight_[at] = i >= count ? 0 : heaviest > 0 ? weight[i] / heaviest : 1;
+    if (weight_[at] == 0) continue;
+    largest_ = std::max(largest_, x_[at]);
+    smallest_ = std::min(smallest_, x_[at]);
+    const auto w = static_cast<double>(weight_[at]), value = static_cast<double>(x_[at]);
+    weight_sum_ += w;
+    square_sum_ += w * value * value;
+  }
+  if (largest_ == 0 && smallest_ == 0) return {};
+  candidates_.clear();
+  switch (format_.grid) {
+    case PackedGrid::kAsymmetric:
+      return FitAsymmetric();
+    case PackedGrid::kLogarithmic:
+      return FitLogarithmic();
+    case PackedGrid::kSymmetric:
+      break;
+  }
+  return FitSymmetric();
+}
+
+void GroupFitter::AddCandidate(float scale, float minimum) {
+  const float inverse = 1 / scale;
+  if (std::isfinite(inverse) && inverse != 0) candidates_.push_back({inverse, -minimum * inverse});
+}
+
+GroupScale GroupFitter::FitSymmetric() {
+  const float magnitude = std::max(largest_, -smallest_);
+  for (const float position : positions_) {
+    AddCandidate(magnitude / position, 0);
+    AddCandidate(-magnitude / position, 0);
+  }
+  return SearchCandidates();
+}
+
+GroupScale GroupFitter::FitAsymmetric() {
+  const float range = largest_ - smallest_;
+  if (range == 0) return Stored(0, smallest_);
+  for (const float below : clips_) {
+    for (const float above : clips_) {
+      AddCandidate(range * (1 - below - above) / high_, smallest_ + below * range);
+    }
+  }
+  return SearchCandidates();
+}
+
+// Takes codes in turn with the scale (and minimum) least squares gives for them, as stored, while
+// the error falls. The least error so far.
+double GroupFitter::Refine(float scale, float minimum, GroupScale* best, double best_error) {
+  double previous = std::numeric_limits<double>::infinity();
+  for (int round = 0; round < kRefinements; ++round) {
+    const GroupScale stored = Stored(scale, minimum);
+    const float inverse = 1 / stored.scale;
+    if (!std::isfinite(inverse)) return best_error;
+    const CodeCandidate candidate = {inverse, -stored.minimum * inverse};
+    CodeSums sums;
+    SumCodes(x_.data(), weight_.data(), padded_, low_, high_, {&candidate, 1}, &sums);
+    const auto step = static_cast<double>(stored.scale);
+    const double error = static_cast<double>(sums.rr) * step * step;
+    if (!(error < previous)) return best_error;
+    previous = error;
+    if (error < best_error) {
+      best_error = error;
+      *best = stored;
+    }
+    const auto r = static_cast<double>(sums.r), q = static_cast<double>(sums.q);
+    const auto rq = static_cast<double>(sums.rq), qq = static_cast<double>(sums.qq);
+    if (format_.grid == PackedGrid::kSymmetric) {
+      if (qq == 0) return best_error;
+      scale = static_cast<float>(step * (1 + rq / qq));
+      continue;
+    }
+    const double determinant = weight_sum_ * qq - q * q;
+    if (!(determinant > 0)) return best_error;
+    scale = static_cast<float>(step * (1 + (weight_sum_ * rq - r * q) / determinant));
+    // The minimum that fits the scale as it will be stored.
+    const double change = static_cast<double>(Stored(scale, 0).scale) / step - 1;
+    minimum = static_cast<float>(static_cast<double>(stored.minimum) +
+                                 step * (r - change * q) / weight_sum_);
+  }
+  return best_error;
+}
+
+GroupScale GroupFitter::SearchCandidates() {
+  sums_.resize(candidates_.size());
+  SumCodes(x_.data(), weight_.data(), padded_, low_, high_, candidates_, sums_.data());
+  // The errors with the best scale for a candidate's codes; the few best are refined.
+  std::array<std::pair<double, size_t>, kRefined> first;
+  first.fill({std::numeric_limits<double>::infinity(), 0});
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    const auto rr = static_cast<double>(sums_[i].rr), r = static_cast<double>(sums_[i].r);
+    const auto q = static_cast<double>(sums_[i].q), qq = static_cast<double>(sums_[i].qq);
+    const auto rq = static_cast<double>(sums_[i].rq);
+    double gain = 0;
+    if (format_.grid == PackedGrid::kSymmetric) {
+      gain = qq > 0 ? rq * rq / qq : 0;
+    } else {
+      const double determinant = weight_sum_ * qq - q * q;
+      const double change = determinant > 0 ? (weight_sum_ * rq - r * q) / determinant : 0;
+      const double shift = (r - change * q) / weight_sum_;
+      gain = change * rq + shift * r;
+    }
+    const auto inverse = static_cast<double>(candidates_[i].inverse_scale);
+    const std::pair<double, size_t> found = {(rr - gain) / (inverse * inverse), i};
+    if (!(found < first.back())) continue;
+    first.back() = found;
+    for (size_t at = kRefined - 1; at > 0 && first[at] < first[at - 1]; --at) {
+      std::swap(first[at], first[at - 1]);
+    }
+  }
+  GroupScale best;  // zeros: weights below the smallest f16 may have no better
+  double best_error = square_sum_;
+  for (const auto& [error, i] : first) {
+    if (!std::isfinite(error)) break;
+    const float scale = 1 / candidates_[i].inverse_scale;
+    best_error = Refine(scale, -candidates_[i].offset * scale, &best, best_error);
+  }
+  return best;
+}
+
+GroupScale GroupFitter::FitLogarithmic() {
+  constexpr int kSteps = 48;  // of the scale over the largest weight, from 0.4 to 1.4
+  const float magnitude = std::max(largest_, -smallest_);
+  GroupScale best;
+  double best_error = square_sum_;
+  for (int step = 0; step < kSteps; ++step) {
+    float scale = magnitude * (0.4f + static_cast<float>(step) / (kSteps - 1));
+    for (int round = 0; round < 2; ++round) {
+      const GroupScale stored = Stored(scale, 0);
+      double error = 0, product = 0, square = 0;
+      for (int64_t i = 0; i < count_; ++i) {
+        const auto at = static_cast<size_t>(i);
+        const uint8_t code = Code(stored, x_[at]);
+        const auto level = static_cast<double>(levels_[code]) / 64;
+        const auto w = static_cast<double>(weight_[at]), value = static_cast<double>(x_[at]);
+        const double rest = value - static_cast<double>(Value(stored, code));
+        error += w * rest * rest;
+        product += w * value * level;
+        square += w * level * level;
+      }
+      if (error < best_error) {
+        best_error = error;
+        best = stored;
+      }
+      if (square == 0) break;
+      scale = static_cast<float>(product / square);
+    }
+  }
+  return best;
+}
+
+uint8_t GroupFitter::Code(const GroupScale& group, float x) const {
+  if (group.scale == 0) return 0;
+  if (format_.grid == PackedGrid::kLogarithmic) {
+    const float unit = 64 / group.scale;
+    const float magnitude = std::fabs(x * unit);
+    const auto half = static_cast<size_t>(1) << (format_.bits - 1);
+    size_t code = 0;
+    while (code + 1 < half && magnitude < (levels_[code] + levels_[code + 1]) / 2) ++code;
+    return static_cast<uint8_t>(x * unit < 0 ? half + code : code);
+  }
+  const float inverse = 1 / group.scale;
+  const float exact = std::fma(x, inverse, -group.minimum * inverse);
+  const float code = std::clamp(std::nearbyint(exact), low_, high_);
+  return static_cast<uint8_t>(format_.grid == PackedGrid::kSymmetric ? code - low_ : code);
+}
+
+float GroupFitter::Value(const GroupScale& group, uint8_t code) const {
+  switch (format_.grid) {
+    case PackedGrid::kAsymmetric:
+      return static_cast<float>(code) * group.scale + group.minimum;
+    case PackedGrid::kLogarithmic:
+      return levels_[code] * (group.scale / 64);
+    case PackedGrid::kSymmetric:
+      break;
+  }
+  return (static_cast<float>(code) + low_) * group.scale;
+}
+
+}  // namespace winnow
