@@ -7,6 +7,7 @@
 #include "forward/kv_cache.h"
 #include "forward/layer_sweep.h"
 #include "methods/naee.h"
+#include "model/weight_parts.h"
 #include "observe/observe_run.h"
 #include "session.h"
 #include "weights/layer_reader.h"
@@ -28,6 +29,25 @@ uint64_t ObserveBytes(const Model& model, int64_t num_blocks, int threads) {
   return PlanObserve(model, blocks, options, threads).memory.total_bytes();
 }
 
+// Experts of a layer may be packed in different formats.
+uint64_t MeanExpertBytes(const Model& model, int32_t layer) {
+  const LayerSlices& slices = model.layers()[static_cast<size_t>(layer)];
+  return slices.ExpertBytes() / slices.experts.size();
+}
+
+OrderedJson PartsJson(const Model& model) {
+  OrderedJson parts = OrderedJson::array();
+  for (const WeightPart& part : WeightParts(model)) {
+    parts.push_back({{"part", part.part},
+                     {"format", part.format},
+                     {"matrices", part.matrices},
+                     {"weights", part.weights},
+                     {"bytes", part.bytes},
+                     {"bits_per_weight", part.bits_per_weight()}});
+  }
+  return parts;
+}
+
 int RunInspect(Session& session, const std::string& folder) {
   const Model model = Model::Open(folder);
   const ModelConfig& config = model.config();
@@ -47,7 +67,7 @@ int RunInspect(Session& session, const std::string& folder) {
     const int64_t count = config.layers[static_cast<size_t>(layer)].num_experts;
     experts = experts == 0 ? count : std::min(experts, count);
     most_experts = std::max(most_experts, count);
-    active -= static_cast<uint64_t>(count - k) * one_expert;
+    active -= static_cast<uint64_t>(count - k) * MeanExpertBytes(model, layer);
   }
   const std::string experts_text = experts == most_experts
                                        ? fmt::format("{}", experts)
@@ -86,6 +106,7 @@ int RunInspect(Session& session, const std::string& folder) {
                        {"vocab_size", config.vocab_size},
                        {"memory", {{"observe", observe}, {"generate", generate}}},
                        {"exact_naee_keeps", exact},
+                       {"parts", PartsJson(model)},
                        {"findings", model.findings()}});
     return 0;
   }
@@ -114,6 +135,14 @@ int RunInspect(Session& session, const std::string& folder) {
       "  weights     {} in {} file(s); experts {} ({:.0f} %), active per token {} ({:.0f} %)",
       FormatBytes(total), model.checkpoint().shards().size(), FormatBytes(expert_bytes),
       percent(expert_bytes), FormatBytes(active), percent(active)));
+  if (config.is_packed()) {
+    session.Print("  packed      part           format      matrices   bits per weight      size");
+    for (const WeightPart& part : WeightParts(model)) {
+      session.Print(fmt::format("              {:<14} {:<10} {:>9} {:>17.2f} {:>9}", part.part,
+                                part.format, part.matrices, part.bits_per_weight(),
+                                FormatBytes(part.bytes)));
+    }
+  }
   session.Print(fmt::format(
       "  memory      observe {} (128 blocks of 512), run {} (2,048 tokens), apply < 300 MiB",
       FormatBytes(observe), FormatBytes(generate)));
@@ -126,7 +155,7 @@ int RunInspect(Session& session, const std::string& folder) {
       uint64_t left = total;
       for (const int32_t layer : moe) {
         const int64_t count = config.layers[static_cast<size_t>(layer)].num_experts;
-        left -= static_cast<uint64_t>(count - keep) * one_expert;
+        left -= static_cast<uint64_t>(count - keep) * MeanExpertBytes(model, layer);
       }
       const bool enumerates = BinomialCoefficient(experts, keep) <= kMaxSubsets;
       session.Print(fmt::format("              {:>4} {:>9}   {:>3.0f} %             {}", keep,

@@ -129,7 +129,9 @@ int Main(int argc, char** argv) {
   AddEval(app, session);
   AddCompress(app, session);
   AddFinetune(app, session);
+  AddQuantize(app, session);
   AddRun(app, session);
+  AddBench(app, session);
   AddTokenize(app, session);
   AddTrace(app, session);
   AddStats(app, session);

@@ -230,13 +230,13 @@ bool LiesIn(const fs::path& inner, const fs::path& outer) {
 // Whether --force may remove the folder: it is empty, or one of ours.
 bool IsOurs(const fs::path& folder) {
   return fs::is_empty(folder) || fs::exists(folder / "stats.json") ||
-         fs::exists(folder / "winnow-plan.json");
+         fs::exists(folder / "winnow-plan.json") || fs::exists(folder / "winnow-quantize.json");
 }
 
 }  // namespace
 
 void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFlags& flags,
-                        const std::string& model) {
+                        const std::string& model, bool resumable) {
   const bool wants_folder = kind == OutputKind::kFolder;
   if (!model.empty() && wants_folder) {
     const fs::path out = fs::weakly_canonical(path), in = fs::weakly_canonical(model);
@@ -271,7 +271,8 @@ void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFl
   }
   if (!flags.resume && !flags.force && fs::exists(path + ".partial")) {
     throw UsageError(fmt::format("{}.partial is left from an interrupted run", path),
-                     "go on with --resume, or start again with --force");
+                     resumable ? "go on with --resume, or start again with --force"
+                               : "start again with --force");
   }
 }
 

@@ -112,9 +112,9 @@ CLI::Validator NumberFromTo(double least, double most);
 enum class OutputKind { kFile, kFolder };
 // Refuses, before any work: an existing output unless --force (then it is replaced at the end, not
 // before, and only if winnow wrote it), a path of the other kind, and a folder that is, holds or
-// lies in `model`.
+// lies in `model`. `resumable`: whether the verb can go on from what an interrupted run has left.
 void RequireFreshOutput(const std::string& path, OutputKind kind, const CommonFlags& flags,
-                        const std::string& model = "");
+                        const std::string& model = "", bool resumable = true);
 // A folder of unfinished work beside an output, OUT.work or OUT.rounds: refuses one that holds
 // anything `is_ours` does not know, and one that is left over without --resume or --force.
 void ClaimWorkFolder(const fs::path& folder, const CommonFlags& flags,
@@ -133,6 +133,7 @@ void AddDoctor(CLI::App& app, Session& session);
 void AddTokenize(CLI::App& app, Session& session);
 void AddTrace(CLI::App& app, Session& session);
 void AddRun(CLI::App& app, Session& session);
+void AddBench(CLI::App& app, Session& session);
 void AddObserve(CLI::App& app, Session& session);
 void AddStats(CLI::App& app, Session& session);
 void AddPlan(CLI::App& app, Session& session);
@@ -140,5 +141,6 @@ void AddApply(CLI::App& app, Session& session);
 void AddEval(CLI::App& app, Session& session);
 void AddCompress(CLI::App& app, Session& session);
 void AddFinetune(CLI::App& app, Session& session);
+void AddQuantize(CLI::App& app, Session& session);
 
 }  // namespace winnow::cli

@@ -7,6 +7,7 @@
 #include "apply/export_code.h"
 #include "base/error.h"
 #include "checkpoint/safetensors_writer.h"
+#include "model/quantization_config.h"
 
 namespace winnow {
 namespace {
@@ -19,6 +20,7 @@ class Planner {
         kept_(KeptExperts(plan, model.config().num_layers())),
         betas_(SkipBetasOf(plan, model.config().num_layers())),
         target_(plan.target) {
+    if (model.config().is_packed()) CheckPacked(plan);
     if (options.condensed_form == CondensedForm::kStock) stock_width_ = StockWidth(model, plan);
     for (const LayerPlan& layer : plan.layers) {
       if (!layer.condensed) continue;
@@ -86,6 +88,17 @@ class Planner {
     CondensedForm form = CondensedForm::kParts;
     bool placed = false;
   };
+
+  void CheckPacked(const CompressionPlan& plan) const {
+    if (plan.condenses()) {
+      throw UsageError("the model is packed, and condensed layers are built of its weights",
+                       "condense the original model, quantise last");
+    }
+    if (options_.export_code) {
+      throw UsageError("--export-code: transformers cannot read packed weights",
+                       "leave it out, or export the model as it was before it was quantised");
+    }
+  }
 
   bool IsRefitted(int32_t layer) const { return options_.refitted_layers.contains(layer); }
 
@@ -175,7 +188,7 @@ class Planner {
     }
   }
 
-  static void LayOut(OutputShard& shard, const SafetensorsFile& source) {
+  void LayOut(OutputShard& shard, const SafetensorsFile& source) const {
     std::map<std::string, std::string> metadata = source.metadata();
     metadata.try_emplace("format", "pt");  // some loaders refuse files without it
     std::vector<TensorInfo> infos;
@@ -183,7 +196,9 @@ class Planner {
     // Data begin behind the header and its length. Small files stay as small as they can be.
     constexpr uint64_t kLargeBytes = uint64_t{64} << 20;
     std::optional<uint64_t> like_source;
-    if (source.file().size() >= kLargeBytes) like_source = source.header().size() + 8;
+    // Packed tensors are aligned in their file, small or not.
+    const bool aligned = model_.config().is_packed();
+    if (aligned || source.file().size() >= kLargeBytes) like_source = source.header().size() + 8;
     shard.header = LayOutSafetensors(infos, metadata, like_source);
     shard.bytes = shard.header.size();
     for (size_t i = 0; i < infos.size(); ++i) {
@@ -204,6 +219,21 @@ class Planner {
     }
     const Json index = {{"metadata", {{"total_size", total}}}, {"weight_map", map}};
     out.index_json = index.dump(2) + "\n";
+  }
+
+  // The formats of what is left, experts in their new order.
+  std::vector<LayerFormats> KeptFormats() const {
+    std::vector<LayerFormats> formats;
+    for (size_t l = 0; l < kept_.size(); ++l) {
+      const LayerConfig& layer = model_.config().layers[l];
+      LayerFormats& left = formats.emplace_back(layer.formats);
+      if (!layer.is_moe || left.experts.empty()) continue;
+      left.experts.clear();
+      for (const int32_t expert : kept_[l]) {
+        left.experts.push_back(layer.formats.experts[static_cast<size_t>(expert)]);
+      }
+    }
+    return formats;
   }
 
   void WriteConfig(RewritePlan& out) const {
@@ -255,6 +285,9 @@ class Planner {
       config[config.contains("dtype") ? "dtype" : "torch_dtype"] = name;
     }
     if (options_.export_code) config = ConfigWithModelingCode(config);
+    if (model_.config().is_packed()) {
+      config = ConfigWithFormats(config, KeptFormats(), model_.config().lm_head_format);
+    }
     out.config_json = config.dump(2) + "\n";
   }
 

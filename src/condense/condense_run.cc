@@ -307,6 +307,10 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
   if (config.MoeLayers().empty()) {
     throw UsageError("the model has no Mixture-of-Experts layers", "there is nothing to condense");
   }
+  if (config.has_packed_experts()) {
+    throw UsageError("the model's experts are packed, and condensing takes them apart",
+                     "condense the original model, quantise last");
+  }
   for (const int32_t layer : config.MoeLayers()) {
     const int64_t experts = config.layers[static_cast<size_t>(layer)].num_experts;
     if (options.method == CondenseMethod::kNeurons && options.max_experts == 0 &&

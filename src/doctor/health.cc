@@ -14,6 +14,7 @@
 #include "checkpoint/safetensors_file.h"
 #include "kernels/targets.h"
 #include "model/model.h"
+#include "model/weight_parts.h"
 #include "observe/layer_stats.h"
 #include "plan/compression_plan.h"
 #include "plan/loader_target.h"
@@ -86,6 +87,49 @@ void ScanFile(const SafetensorsFile& file, ThreadPool& pool, const JobControl& c
   }
 }
 
+// Scales (and minima) of packed matrices: f16, which no weight of a sound model makes infinite.
+// Codes mean something whatever they are.
+void ScanPacked(const Model& model, const TensorSlice& slice, HealthReport& report) {
+  if (slice.packed.empty()) return;
+  const uint64_t block_bytes = PackedBlockBytes(slice.packed, slice.cols);
+  const uint64_t scale_bytes = PackedCodesOffset(slice.packed, slice.cols);
+  std::vector<std::byte> scales(static_cast<size_t>(scale_bytes));
+  uint64_t bad = 0, nonzero = 0;
+  for (uint64_t at = 0; at < slice.bytes(); at += block_bytes) {
+    model.checkpoint().ReadPart(*slice.tensor, slice.offset_bytes + at, scales);
+    for (size_t i = 0; i < scales.size() / 2; ++i) {
+      const float value = LoadAsFloat(Dtype::kF16, scales.data(), i);
+      bad += std::isfinite(value) ? 0 : 1;
+      nonzero += value == 0.0f ? 0 : 1;
+    }
+  }
+  const std::string where =
+      fmt::format("{} ({} [{}, {}] at byte {})", slice.tensor->name,
+                  PackedFormatName(slice.packed), slice.rows, slice.cols, slice.offset_bytes);
+  if (bad > 0) {
+    report.findings.push_back(fmt::format("{}: {} scales are NaN or infinite", where, bad));
+  }
+  if (nonzero == 0) report.findings.push_back(fmt::format("{}: all scales are zero", where));
+}
+
+void ScanPackedLayers(const Model& model, const JobControl& control, HealthReport& report) {
+  const auto scan_mlp = [&](const FeedForwardSlices& part) {
+    for (const TensorSlice* slice : {&part.gate, &part.up, &part.down}) {
+      control.Poll();
+      ScanPacked(model, *slice, report);
+    }
+  };
+  for (const LayerSlices& layer : model.layers()) {
+    for (const TensorSlice* slice : {&layer.q, &layer.k, &layer.v, &layer.o}) {
+      ScanPacked(model, *slice, report);
+    }
+    for (const FeedForwardSlices& expert : layer.experts) scan_mlp(expert);
+    scan_mlp(layer.shared);
+    scan_mlp(layer.dense);
+  }
+  ScanPacked(model, model.lm_head(), report);
+}
+
 // A router row of zeros gives its expert the same logit for every token; equal rows tie.
 void CheckRouters(const Model& model, HealthReport& report) {
   for (const int32_t layer : model.config().MoeLayers()) {
@@ -147,6 +191,14 @@ void CheckModelFolder(const fs::path& path, bool scan_weights, ThreadPool& pool,
       config.family->model_type, config.num_layers(), config.MoeLayers().size(), most_experts,
       config.num_experts_per_tok, FormatBytes(model.checkpoint().total_bytes()),
       model.checkpoint().shards().size()));
+  if (config.is_packed()) {
+    std::string parts;
+    for (const WeightPart& part : WeightParts(model)) {
+      parts += fmt::format("{}{} {} ({:.2f} bits per weight)", parts.empty() ? "" : ", ", part.part,
+                           part.format, part.bits_per_weight());
+    }
+    report.facts.push_back("packed: " + parts);
+  }
   report.findings = model.findings();
   if (fs::exists(path / "tokenizer.json")) {
     CheckTokenizer(path, &model, report);
@@ -158,6 +210,7 @@ void CheckModelFolder(const fs::path& path, bool scan_weights, ThreadPool& pool,
   for (const SafetensorsFile& shard : model.checkpoint().shards()) {
     ScanFile(shard, pool, control, report);
   }
+  ScanPackedLayers(model, control, report);
 }
 
 // Plans say so in `schema`; config.json and its like have none.

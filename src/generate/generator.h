@@ -13,6 +13,7 @@
 #include "base/progress.h"            // JobControl
 #include "base/thread_pool.h"         // ThreadPool
 #include "forward/expert_skipping.h"  // SkipBetas, SkipCounts
+#include "kernels/matmul.h"           // ComputePrecision
 #include "model/model.h"              // Model
 
 namespace winnow {
@@ -31,6 +32,7 @@ struct GenerateOptions {
       0;  // ids from here on are never sampled (rows without a token); 0: none
   bool stop_at_eos = true;
   uint64_t memory_budget_bytes = 0;
+  ComputePrecision compute = ComputePrecision::kF32;  // of the prompt
   std::vector<std::vector<int32_t>> kept_experts = {};
   SkipBetas skip_betas = {};  // empty: every expert runs
 };
@@ -44,8 +46,12 @@ GeneratePlan PlanGenerate(const Model& model, int64_t prompt_tokens, const Gener
 
 struct GenerateResult {
   std::vector<int32_t> tokens;  // without the prompt
+  double load_seconds = 0;
   double prompt_seconds = 0;
-  double decode_seconds = 0;
+  double decode_seconds = 0;  // of tokens.size() - 1 tokens, or of all if the text ended
+  // Of decoded tokens, with all weights in memory: what was read of them, and experts a MoE layer.
+  double bytes_per_token = 0;
+  double experts_per_token = 0;
   std::optional<SkipCounts> skipping;  // if experts were skipped
 };
 // on_token is called for each new token and stops the generation by returning false.

@@ -3,9 +3,11 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <cstring>
 #include <memory>
 #include <unordered_set>
 
+#include "base/checked_math.h"
 #include "base/error.h"
 
 namespace winnow {
@@ -62,6 +64,12 @@ class ModelResolver {
     ListUnknownTensors();
   }
 
+  // "mlp.experts.{e}.gate_proj.weight" -> "mlp.experts.{e}.packed", for any of its matrices.
+  static std::string PackedExpertPattern(const FamilyTensorNames& names) {
+    const std::string_view pattern = names.expert_gate;
+    return std::string(pattern.substr(0, pattern.find("{e}"))) + "{e}.packed";
+  }
+
   static std::string ExpertName(std::string_view pattern, int64_t expert) {
     std::string name(pattern);
     if (const size_t at = name.find("{e}"); at != std::string::npos) {
@@ -80,6 +88,70 @@ class ModelResolver {
     }
     return Check(*tensor, rows, cols, {static_cast<uint64_t>(rows), static_cast<uint64_t>(cols)});
   }
+  // A matrix that `format` says is packed, or as it is.
+  TensorSlice Matrix(const std::string& name, int64_t rows, int64_t cols,
+                     const PackedFormat& format) {
+    const std::string packed_name = PackedTensorName(name);
+    RefuseBeside(format.empty() ? packed_name : name, format.empty());
+    if (format.empty()) return Require(name, rows, cols);
+    const uint64_t bytes = PackedBytes(format, rows, cols);
+    const TensorInfo& tensor = Packed(packed_name, bytes, bytes, PackedFormatName(format));
+    packed_weights_[&tensor] = Elements(rows, cols);
+    return {&tensor, 0, rows, cols, format};
+  }
+
+  FeedForwardSlices PackedExpert(const std::string& name, int64_t width,
+                                 const PackedFormat& format) {
+    const int64_t hidden = config_.hidden_size;
+    const uint64_t inner = PackedBytes(format, width, hidden);
+    const uint64_t bytes =
+        CheckedAdd(CheckedMul(2, inner, name), PackedBytes(format, hidden, width), name);
+    const auto padded = [&](uint64_t alignment) {
+      return CheckedAdd(bytes, alignment - 1, name) / alignment * alignment;
+    };
+    const TensorInfo& tensor = Packed(name, padded(kPackedAlignment), padded(kExtentAlignment),
+                                      PackedFormatName(format));
+    packed_weights_[&tensor] = 3 * Elements(width, hidden);
+    return {.gate = {&tensor, 0, width, hidden, format},
+            .up = {&tensor, inner, width, hidden, format},
+            .down = {&tensor, 2 * inner, hidden, width, format}};
+  }
+
+  static uint64_t Elements(int64_t rows, int64_t cols) {
+    return static_cast<uint64_t>(rows) * static_cast<uint64_t>(cols);
+  }
+
+  const TensorInfo& Packed(const std::string& name, uint64_t bytes, uint64_t or_bytes,
+                           const std::string& format) {
+    const std::string expected =
+        bytes == or_bytes ? fmt::format("U8 [{}]", bytes)
+                          : fmt::format("U8 [{}] (or [{}])", bytes, or_bytes);
+    const TensorInfo* tensor = checkpoint_.Find(name);
+    if (tensor == nullptr) {
+      throw ModelError(fmt::format("{}: tensor {} is missing, expected {} ({})",
+                                   checkpoint_.folder().string(), name, expected, format),
+                       "the checkpoint is incomplete or its config.json is of another model");
+    }
+    if (tensor->dtype != Dtype::kU8 || tensor->shape.size() != 1 ||
+        (tensor->bytes != bytes && tensor->bytes != or_bytes)) {
+      throw ModelError(
+          fmt::format("{}: tensor {}: expected {} ({}), got {}", checkpoint_.folder().string(),
+                      name, expected, format, tensor->Describe()),
+          "the tensor does not fit config.json; quantise the original model again");
+    }
+    known_.insert(tensor);
+    return *tensor;
+  }
+
+  // What is stored both packed and not has no meaning that is certain.
+  void RefuseBeside(const std::string& name, bool is_packed) {
+    if (checkpoint_.Find(name) == nullptr) return;
+    throw ModelError(
+        fmt::format("{}: tensor {} exists, but by config.json the matrix is {}",
+                    checkpoint_.folder().string(), name, is_packed ? "not packed" : "packed"),
+        "config.json and the weights are of different models");
+  }
+
   TensorSlice Vector(const std::string& name, int64_t size) {
     const TensorInfo* tensor = checkpoint_.Find(name);
     if (tensor == nullptr) {
@@ -112,7 +184,8 @@ class ModelResolver {
       model_.lm_head_ = model_.embedding_;
       return;
     }
-    model_.lm_head_ = Require("lm_head.weight", config_.vocab_size, config_.hidden_size);
+    model_.lm_head_ = Matrix("lm_head.weight", config_.vocab_size, config_.hidden_size,
+                             config_.lm_head_format);
     if (config_.tie_word_embeddings) model_.lm_head_ = model_.embedding_;  // stored copy is ignored
   }
 
@@ -124,10 +197,11 @@ class ModelResolver {
     slices.input_norm = Vector(prefix + "input_layernorm.weight", hidden);
     slices.post_attention_norm = Vector(prefix + "post_attention_layernorm.weight", hidden);
     const std::string attention = prefix + "self_attn.";
-    slices.q = Require(attention + "q_proj.weight", config_.query_width(), hidden);
-    slices.k = Require(attention + "k_proj.weight", config_.kv_width(), hidden);
-    slices.v = Require(attention + "v_proj.weight", config_.kv_width(), hidden);
-    slices.o = Require(attention + "o_proj.weight", hidden, config_.query_width());
+    const PackedFormat& packed = layer.formats.attention;
+    slices.q = Matrix(attention + "q_proj.weight", config_.query_width(), hidden, packed);
+    slices.k = Matrix(attention + "k_proj.weight", config_.kv_width(), hidden, packed);
+    slices.v = Matrix(attention + "v_proj.weight", config_.kv_width(), hidden, packed);
+    slices.o = Matrix(attention + "o_proj.weight", hidden, config_.query_width(), packed);
     if (config_.qkv_bias) {
       slices.q_bias = Vector(attention + "q_proj.bias", config_.query_width());
       slices.k_bias = Vector(attention + "k_proj.bias", config_.kv_width());
@@ -146,17 +220,15 @@ class ModelResolver {
       ResolveExperts(index, prefix, layer, slices);
     } else if (layer.dense_width > 0) {
       slices.dense = FeedForward(prefix, names.dense_gate, names.dense_up, names.dense_down,
-                                 layer.dense_width);
+                                 layer.dense_width, layer.formats.dense);
     } else {  // condensed, parts apart; they are no experts to whoever prunes
       for (int64_t e = 0; e < layer.num_experts; ++e) {
-        slices.experts.push_back(FeedForward(prefix, ExpertName(names.expert_gate, e),
-                                             ExpertName(names.expert_up, e),
-                                             ExpertName(names.expert_down, e), layer.expert_width));
+        slices.experts.push_back(Expert(prefix, layer, e));
       }
     }
     if ((layer.is_moe || layer.is_condensed) && layer.shared_width > 0) {
       slices.shared = FeedForward(prefix, names.shared_gate, names.shared_up, names.shared_down,
-                                  layer.shared_width);
+                                  layer.shared_width, layer.formats.shared);
       if (config_.shared_expert_gated) {
         slices.shared_router = Require(prefix + std::string(names.shared_router), 1, hidden);
       }
@@ -165,12 +237,24 @@ class ModelResolver {
   }
 
   FeedForwardSlices FeedForward(const std::string& prefix, std::string_view gate,
-                                std::string_view up, std::string_view down, int64_t width) {
+                                std::string_view up, std::string_view down, int64_t width,
+                                const PackedFormat& format) {
     FeedForwardSlices slices;
-    slices.gate = Require(prefix + std::string(gate), width, config_.hidden_size);
-    slices.up = Require(prefix + std::string(up), width, config_.hidden_size);
-    slices.down = Require(prefix + std::string(down), config_.hidden_size, width);
+    slices.gate = Matrix(prefix + std::string(gate), width, config_.hidden_size, format);
+    slices.up = Matrix(prefix + std::string(up), width, config_.hidden_size, format);
+    slices.down = Matrix(prefix + std::string(down), config_.hidden_size, width, format);
     return slices;
+  }
+
+  FeedForwardSlices Expert(const std::string& prefix, const LayerConfig& layer, int64_t e) {
+    const FamilyTensorNames& names = config_.family->names;
+    const std::string gate = ExpertName(names.expert_gate, e);
+    const std::string packed_name = prefix + ExpertName(PackedExpertPattern(names), e);
+    const PackedFormat format = layer.formats.Expert(static_cast<size_t>(e));
+    RefuseBeside(format.empty() ? packed_name : prefix + gate, format.empty());
+    if (!format.empty()) return PackedExpert(packed_name, layer.expert_width, format);
+    return FeedForward(prefix, gate, ExpertName(names.expert_up, e),
+                       ExpertName(names.expert_down, e), layer.expert_width, {});
   }
 
   void ResolveExperts(int64_t index, const std::string& prefix, const LayerConfig& layer,
@@ -179,29 +263,34 @@ class ModelResolver {
     const auto layer_id = static_cast<int32_t>(index);
     const std::string fused_name = prefix + std::string(names.fused_gate_up);
     const bool fused = checkpoint_.Find(fused_name) != nullptr;
-    const bool per_expert = checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
+    const bool per_expert =
+        !layer.formats.experts.empty() ||
+        checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
     if (fused && per_expert) {
       throw ModelError(fmt::format("{}: layer {} has both fused and per-expert tensors",
                                    checkpoint_.folder().string(), index),
                        "remove one of the two layouts");
     }
-    ResolveRouter(layer_id, prefix, fused, layer, slices);
+    // A quantised model that had them fused keeps its router's name.
+    const bool router_of_fused =
+        fused || checkpoint_.Find(prefix + std::string(names.router)) == nullptr;
+    ResolveRouter(layer_id, prefix, router_of_fused, layer, slices);
     if (fused) {
       ResolveFused(layer_id, prefix, layer, slices);
       return;
     }
     for (int64_t e = 0; e < layer.num_experts; ++e) {
-      slices.experts.push_back(FeedForward(prefix, ExpertName(names.expert_gate, e),
-                                           ExpertName(names.expert_up, e),
-                                           ExpertName(names.expert_down, e), layer.expert_width));
+      slices.experts.push_back(Expert(prefix, layer, e));
       for (const TensorSlice* slice :
            {&slices.experts.back().gate, &slices.experts.back().up, &slices.experts.back().down}) {
         model_.roles_[slice->tensor->name] = {TensorKind::kExpert, layer_id,
                                               static_cast<int32_t>(e)};
       }
     }
-    const std::string beyond = prefix + ExpertName(names.expert_gate, layer.num_experts);
-    if (checkpoint_.Find(beyond) != nullptr) {
+    for (const std::string& pattern :
+         {std::string(names.expert_gate), PackedExpertPattern(names)}) {
+      const std::string beyond = prefix + ExpertName(pattern, layer.num_experts);
+      if (checkpoint_.Find(beyond) == nullptr) continue;
       throw ModelError(fmt::format("{}: tensor {} exists, but config.json says {} experts",
                                    checkpoint_.folder().string(), beyond, layer.num_experts),
                        "config.json and the weights are of different models");
@@ -257,8 +346,10 @@ class ModelResolver {
     for (const TensorInfo& tensor : checkpoint_.tensors()) {
       uint64_t count = 1;
       for (const uint64_t dim : tensor.shape) count *= dim;  // checked when the header was read
-      model_.parameter_count_ += count;
-      if (known_.contains(checkpoint_.Find(tensor.name))) continue;
+      const TensorInfo* own = checkpoint_.Find(tensor.name);
+      const auto packed = packed_weights_.find(own);
+      model_.parameter_count_ += packed == packed_weights_.end() ? count : packed->second;
+      if (known_.contains(own)) continue;
       // Old exports carry the frequencies; they follow from the config.
       if (tensor.name.ends_with(".rotary_emb.inv_freq")) continue;
       unknown.push_back(tensor.name);
@@ -278,6 +369,7 @@ class ModelResolver {
   const Checkpoint& checkpoint_;
   const ModelConfig& config_;
   std::unordered_set<const TensorInfo*> known_;
+  std::unordered_map<const TensorInfo*, uint64_t> packed_weights_;  // weights in a packed tensor
 };
 
 Model Model::Open(const fs::path& folder) {
@@ -300,6 +392,15 @@ TensorRole Model::RoleOf(const std::string& tensor_name) const {
 
 std::string Model::TensorName(int64_t layer, std::string_view pattern, int64_t expert) const {
   return fmt::format("model.layers.{}.{}", layer, ModelResolver::ExpertName(pattern, expert));
+}
+
+std::string Model::PackedExpertName(int64_t layer, int64_t expert) const {
+  return TensorName(layer, ModelResolver::PackedExpertPattern(config_.family->names), expert);
+}
+
+std::string PackedTensorName(std::string_view weight_name) {
+  if (weight_name.ends_with(".weight")) weight_name.remove_suffix(std::strlen(".weight"));
+  return std::string(weight_name) + ".packed";
 }
 
 std::string Model::RenameExpert(const std::string& tensor_name, int32_t from, int32_t to) const {

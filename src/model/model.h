@@ -58,7 +58,7 @@ struct LayerSlices {
 // What a stored tensor is to someone who removes experts.
 enum class TensorKind : uint8_t {
   kOther,        // carried through unchanged
-  kExpert,       // one matrix of one expert: dropped or renamed
+  kExpert,       // one matrix of one expert, or all it has packed: dropped or renamed
   kExpertAxis0,  // first axis counts experts (router rows, fused experts): rows gathered
 };
 
@@ -67,6 +67,9 @@ struct TensorRole {
   int32_t layer = -1;
   int32_t expert = -1;  // kExpert only
 };
+
+// "model.layers.0.self_attn.q_proj.weight" -> "model.layers.0.self_attn.q_proj.packed".
+std::string PackedTensorName(std::string_view weight_name);
 
 class Model {
  public:
@@ -84,6 +87,8 @@ class Model {
   TensorRole RoleOf(const std::string& tensor_name) const;
   // The name of expert `to` of a layer in place of expert `from`.
   std::string RenameExpert(const std::string& tensor_name, int32_t from, int32_t to) const;
+  // The tensor that holds an expert's three matrices packed.
+  std::string PackedExpertName(int64_t layer, int64_t expert) const;
   // The full name of a tensor of a layer by its pattern in FamilyTensorNames.
   std::string TensorName(int64_t layer, std::string_view pattern, int64_t expert = 0) const;
   uint64_t parameter_count() const { return parameter_count_; }

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "model/quantization_config.h"
 
 namespace winnow {
 namespace {
@@ -372,6 +373,21 @@ std::vector<int32_t> ModelConfig::MoeLayers() const {
   return result;
 }
 
+bool ModelConfig::has_packed_experts() const {
+  return std::any_of(layers.begin(), layers.end(), [](const LayerConfig& layer) {
+    return std::any_of(layer.formats.experts.begin(), layer.formats.experts.end(),
+                       [](const PackedFormat& format) { return !format.empty(); });
+  });
+}
+
+bool ModelConfig::is_packed() const {
+  return !lm_head_format.empty() || has_packed_experts() ||
+         std::any_of(layers.begin(), layers.end(), [](const LayerConfig& layer) {
+           const LayerFormats& f = layer.formats;
+           return !f.attention.empty() || !f.shared.empty() || !f.dense.empty();
+         });
+}
+
 std::optional<int64_t> ModelConfig::UniformExperts() const {
   std::optional<int64_t> count;
   for (const LayerConfig& layer : layers) {
@@ -387,15 +403,6 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
   const Family& family = FamilyOf(reader, where);
   ModelConfig out;
   out.family = &family;
-  if (const OrderedJson* quantization = reader.Find("quantization_config")) {
-    if (!quantization->is_object()) {
-      reader.Fail("quantization_config", "an object", quantization->dump());
-    }
-    const std::string method = ConfigReader(*quantization, where).Text("quant_method");
-    throw ModelError(fmt::format("{}: quantised weights ({}) are not supported", where,
-                                 method.empty() ? "unknown method" : method),
-                     "use the checkpoint in bfloat16, float16 or float32");
-  }
   out.vocab_size = reader.RequiredInteger("vocab_size", 1, kMaxDimension);
   out.hidden_size = reader.RequiredInteger("hidden_size", 1, kMaxDimension);
   out.max_position_embeddings =
@@ -422,6 +429,7 @@ ModelConfig ParseModelConfig(const OrderedJson& config, const std::string& where
   out.stored_dtype = reader.Text("dtype");
   if (out.stored_dtype.empty()) out.stored_dtype = reader.Text("torch_dtype");
   ReadTokenIds(reader, out);
+  ReadQuantizationConfig(config, where, out);
   return out;
 }
 

@@ -11,8 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "base/json.h"     // OrderedJson
-#include "model/family.h"  // Family, QkNorm
+#include "base/json.h"            // OrderedJson
+#include "model/family.h"         // Family, QkNorm
+#include "model/layer_formats.h"  // LayerFormats, PackedFormat
 
 namespace winnow {
 
@@ -27,6 +28,7 @@ struct LayerConfig {
   // that is left of it, dense, shared expert and num_experts experts. is_moe is false.
   bool is_condensed = false;
   std::vector<double> expert_alphas = {};  // [num_experts] of a condensed layer: fixed weights
+  LayerFormats formats = {};               // of matrices that are packed
 };
 
 // What becomes of a layer that is condensed, as its entry under `condensed_layers`.
@@ -65,8 +67,12 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id;
   std::vector<LayerConfig> layers;
+  PackedFormat lm_head_format;  // empty: as stored
 
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
+  // Whether any matrix, or any expert's, is packed.
+  bool is_packed() const;
+  bool has_packed_experts() const;
   int64_t query_width() const { return num_heads * head_dim; }
   int64_t kv_width() const { return num_kv_heads * head_dim; }
   // Decoder indices of the MoE layers, ascending.

@@ -132,6 +132,12 @@ std::vector<Parameter> ChooseParameters(const Model& model, const std::string& w
       chosen = true;
     }
     if (!chosen) return;
+    if (!slice.packed.empty()) {
+      throw UsageError(fmt::format("--train {}: {} is packed, as {}, and cannot be trained", what,
+                                   slice.tensor->name, PackedFormatName(slice.packed)),
+                       "train the original model and quantise last, or train what is not packed: "
+                       "router, norms");
+    }
     const auto count = static_cast<uint64_t>(slice.rows) * static_cast<uint64_t>(slice.cols);
     parameters.push_back({slice, layer, place, owner, offset, count});
     offset += count;

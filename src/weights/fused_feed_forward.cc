@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/checked_math.h"
+#include "base/error.h"
 
 namespace winnow {
 namespace {
@@ -58,6 +59,9 @@ FusedFeedForward FuseParts(const LayerWeights& layer, std::span<const FusedPart>
   int64_t width = 0, hidden = 0;
   for (const FusedPart& part : parts) {
     const FeedForwardWeights& source = Source(layer, part);
+    if (!source.gate.packed.empty() || !source.down.packed.empty()) {
+      throw UsageError("packed experts cannot be fused", "condense first, quantise last");
+    }
     width += part.neurons.empty() ? source.width() : std::ssize(part.neurons);
     hidden = source.gate.cols;
   }

@@ -286,12 +286,22 @@ uint64_t LayerReader::AllLayersBytes(const Model& model, const LayerReaderOption
 LoadedMatrix LoadRows(const Model& model, const TensorSlice& slice, int64_t first_row,
                       int64_t num_rows) {
   LoadedMatrix loaded;
-  loaded.matrix = {nullptr, num_rows, slice.cols, slice.tensor->dtype};
-  const uint64_t row_bytes = slice.bytes() / static_cast<uint64_t>(slice.rows);
-  loaded.storage = AlignedBuffer<std::byte>(row_bytes * static_cast<uint64_t>(num_rows));
-  model.checkpoint().ReadPart(*slice.tensor,
-                              slice.offset_bytes + row_bytes * static_cast<uint64_t>(first_row),
-                              loaded.storage.span());
+  loaded.matrix = {.data = nullptr,
+                   .rows = num_rows,
+                   .cols = slice.cols,
+                   .dtype = slice.tensor->dtype,
+                   .packed = slice.packed};
+  uint64_t begin = 0;
+  if (slice.packed.empty()) {
+    begin = slice.bytes() / static_cast<uint64_t>(slice.rows) * static_cast<uint64_t>(first_row);
+  } else if (first_row % kPackedRows == 0) {
+    begin = PackedBytes(slice.packed, first_row, slice.cols);
+  } else {
+    throw RuntimeError(fmt::format("{}: row {} is inside a block of {} packed rows",
+                                   slice.tensor->name, first_row, kPackedRows));
+  }
+  loaded.storage = AlignedBuffer<std::byte>(loaded.matrix.bytes());
+  model.checkpoint().ReadPart(*slice.tensor, slice.offset_bytes + begin, loaded.storage.span());
   loaded.matrix.data = loaded.storage.data();
   return loaded;
 }

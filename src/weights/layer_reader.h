@@ -47,7 +47,8 @@ class LayerReader {
   std::unique_ptr<State> state_;
 };
 
-// A matrix of the model outside its layers (lm_head) or a part of its rows, in memory.
+// A matrix of the model outside its layers (lm_head) or a part of its rows, in memory. A part of a
+// packed matrix begins at a multiple of kPackedRows.
 struct LoadedMatrix {
   AlignedBuffer<std::byte> storage;
   WeightMatrix matrix;

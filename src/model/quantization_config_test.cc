@@ -1,0 +1,1 @@
+#include "model/quantization_config.h"
