@@ -25,8 +25,8 @@ constexpr int64_t kHeadRows = 8192;  // of lm_head rounded at a time
 class Calibrator {
  public:
   Calibrator(const Model& model, const QuantizePlan& formats, const CalibrateOptions& options,
-             const CalibratePlan& plan, const fs::path& spill_folder,
-             PackedCheckpointWriter& writer, ThreadPool& pool, const JobControl& control)
+             const CalibratePlan& plan, const fs::path& spill_file, PackedCheckpointWriter& writer,
+             ThreadPool& pool, const JobControl& control)
       : model_(model),
         formats_(formats),
         options_(options),
@@ -35,7 +35,7 @@ class Calibrator {
         control_(control),
         reader_(model, {.prefetch = plan.prefetch}),
         stream_(MakeStream(plan.tokens, model.config().hidden_size,
-                           plan.spill ? spill_folder / "stream.spill" : fs::path())),
+                           plan.spill ? spill_file : fs::path())),
         sweep_(model, plan.tokens, pool, control, "quantize", options.compute),
         tokens_(model.config(), *stream_, sweep_.tiles(), pool),
         rounder_(pool) {}
@@ -353,10 +353,10 @@ CalibratePlan PlanCalibrate(const Model& model, const std::vector<SourceBlocks>&
 
 std::vector<CalibratedLayer> RunCalibrate(const Model& model, const QuantizePlan& formats,
                                           const CalibrateOptions& options,
-                                          const CalibratePlan& plan, const fs::path& spill_folder,
+                                          const CalibratePlan& plan, const fs::path& spill_file,
                                           PackedCheckpointWriter& writer, ThreadPool& pool,
                                           const JobControl& control) {
-  return Calibrator(model, formats, options, plan, spill_folder, writer, pool, control).Run();
+  return Calibrator(model, formats, options, plan, spill_file, writer, pool, control).Run();
 }
 
 }  // namespace winnow

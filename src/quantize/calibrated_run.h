@@ -49,11 +49,11 @@ struct CalibratedLayer {
   int64_t fewest_tokens = 0;   // of an expert
 };
 
-// Writes every matrix of `formats` through `writer`, which the caller finishes. `spill_folder`
-// takes the stream's file where the plan says so.
+// Writes every matrix of `formats` through `writer`, which the caller finishes. `spill_file` takes
+// the stream where the plan says so; it has no name any more once it is open.
 std::vector<CalibratedLayer> RunCalibrate(const Model& model, const QuantizePlan& formats,
                                           const CalibrateOptions& options,
-                                          const CalibratePlan& plan, const fs::path& spill_folder,
+                                          const CalibratePlan& plan, const fs::path& spill_file,
                                           PackedCheckpointWriter& writer, ThreadPool& pool,
                                           const JobControl& control);
 

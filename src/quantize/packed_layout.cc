@@ -120,15 +120,15 @@ class LayoutBuilder {
     const FamilyTensorNames& names = model_.config().family->names;
     for (size_t e = 0; e < layer.experts.size(); ++e) {
       const FeedForwardSlices& expert = layer.experts[e];
-      if (!stored_.layers[l].experts[e].empty() || !replaced_.contains(expert.gate.tensor)) continue;
+      if (!stored_.layers[l].experts[e].empty() || !replaced_.contains(expert.gate.tensor))
+        continue;
       const auto add = [&](const TensorSlice& slice, std::string_view pattern) {
         PackedTensor tensor;
-        tensor.info = {.name = model_.TensorName(static_cast<int64_t>(l), pattern,
-                                                 static_cast<int64_t>(e)),
-                       .dtype = slice.tensor->dtype,
-                       .shape = {static_cast<uint64_t>(slice.rows),
-                                 static_cast<uint64_t>(slice.cols)},
-                       .bytes = slice.bytes()};
+        tensor.info = {
+            .name = model_.TensorName(static_cast<int64_t>(l), pattern, static_cast<int64_t>(e)),
+            .dtype = slice.tensor->dtype,
+            .shape = {static_cast<uint64_t>(slice.rows), static_cast<uint64_t>(slice.cols)},
+            .bytes = slice.bytes()};
         tensor.source = slice.tensor;
         tensor.source_offset = slice.offset_bytes;
         tensor.source_bytes = slice.bytes();

@@ -24,9 +24,9 @@ constexpr uint64_t kAuditBytes = uint64_t{64} << 10;
 struct Made {
   const PackedTensor* tensor = nullptr;
   size_t shard = 0;
-  uint64_t written = 0;                 // bytes, from the start
-  std::vector<std::byte> head = {};     // the first and the last bytes, to compare with at the end
-  std::vector<std::byte> tail = {};     // of all but padding
+  uint64_t written = 0;              // bytes, from the start
+  std::vector<std::byte> head = {};  // the first and the last bytes, to compare with at the end
+  std::vector<std::byte> tail = {};  // of all but padding
 };
 
 using Key = std::tuple<int64_t, int64_t, PackedMatrix>;  // layer, expert (-1: none), matrix
@@ -42,8 +42,7 @@ void KeepEnds(Made& made, std::span<const std::byte> bytes) {
   const size_t tail = std::min<size_t>(bytes.size(), kAuditBytes);
   made.tail.insert(made.tail.end(), bytes.end() - static_cast<std::ptrdiff_t>(tail), bytes.end());
   if (made.tail.size() > kAuditBytes) {
-    made.tail.erase(made.tail.begin(),
-                    made.tail.end() - static_cast<std::ptrdiff_t>(kAuditBytes));
+    made.tail.erase(made.tail.begin(), made.tail.end() - static_cast<std::ptrdiff_t>(kAuditBytes));
   }
 }
 
@@ -61,7 +60,8 @@ struct PackedCheckpointWriter::State {
   Made& Find(int64_t layer, int64_t expert, PackedMatrix matrix) {
     const auto it = made.find(KeyOf(layer, expert, matrix));
     if (it == made.end()) {
-      throw RuntimeError(fmt::format("layer {}: a matrix was quantised that the plan keeps", layer));
+      throw RuntimeError(
+          fmt::format("layer {}: a matrix was quantised that the plan keeps", layer));
     }
     return it->second;
   }
@@ -139,8 +139,7 @@ void PackedCheckpointWriter::State::CopyTensors(const JobControl& control) {
   }
 }
 
-void PackedCheckpointWriter::State::WriteFiles(const std::string& card,
-                                               const OrderedJson& record) {
+void PackedCheckpointWriter::State::WriteFiles(const std::string& card, const OrderedJson& record) {
   const Checkpoint& checkpoint = model.checkpoint();
   for (const fs::path& file : checkpoint.OtherFiles()) {
     fs::create_directories((folder / file).parent_path());

@@ -43,8 +43,8 @@ class PackedCheckpointWriter {
  public:
   using Matrix = PackedMatrix;
 
-  // `model` must outlive the writer. UsageError if the plan does not fit the model, ResourceError if
-  // the disk has no room. What was left of an earlier run in OUT.partial is removed.
+  // `model` must outlive the writer. UsageError if the plan does not fit the model, ResourceError
+  // if the disk has no room. What was left of an earlier run in OUT.partial is removed.
   PackedCheckpointWriter(const Model& model, QuantizePlan plan, const fs::path& out);
   ~PackedCheckpointWriter();
   PackedCheckpointWriter(const PackedCheckpointWriter&) = delete;

@@ -63,7 +63,8 @@ void CheckQuantizePlan(const Model& model, const QuantizePlan& plan) {
                        "the plan is of another model");
     }
     for (size_t e = 0; e < formats.experts.size(); ++e) {
-      CheckPart(formats.experts[e], layer.experts[e].gate, fmt::format("layer {}, expert {}", l, e));
+      CheckPart(formats.experts[e], layer.experts[e].gate,
+                fmt::format("layer {}, expert {}", l, e));
     }
     CheckPart(formats.attention, layer.q, fmt::format("layer {}, attention", l));
     CheckPart(formats.shared, layer.shared.gate, fmt::format("layer {}, shared expert", l));

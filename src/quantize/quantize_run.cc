@@ -110,9 +110,9 @@ class PlainQuantizer {
       try {
         RoundPlain(values_.data(), rows, slice.cols, format, {}, piece_.data(), pool_);
       } catch (const ModelError& problem) {  // it knows rows and columns, not the tensor
-        throw ModelError(fmt::format("{}, from row {}: {}", slice.tensor->name, first,
-                                     problem.what()),
-                         problem.hint());
+        throw ModelError(
+            fmt::format("{}, from row {}: {}", slice.tensor->name, first, problem.what()),
+            problem.hint());
       }
       visit(first, std::span<const std::byte>(piece_));
       done_ += static_cast<int64_t>(loaded.storage.size());
@@ -200,10 +200,10 @@ std::string QuantizeCard(const Model& model, const QuantizePlan& plan, const std
       "Weights of a `{}` model were rounded with Winnow: {}. Winnow reads this folder; other "
       "programs do not know its `.packed` tensors.\n\n",
       model.config().family->model_type, method);
-  card += fmt::format("- tensors: {} before, {} after\n- source fingerprint: `{}`\n\n",
-                      FormatBytes(model.checkpoint().total_bytes()),
-                      FormatBytes(QuantizedBytes(model, plan)),
-                      model.checkpoint().FingerprintHex());
+  card +=
+      fmt::format("- tensors: {} before, {} after\n- source fingerprint: `{}`\n\n",
+                  FormatBytes(model.checkpoint().total_bytes()),
+                  FormatBytes(QuantizedBytes(model, plan)), model.checkpoint().FingerprintHex());
   card += "| part | format | matrices | bits per weight | size |\n|---|---|--:|--:|--:|\n";
   for (const WeightPart& part : PartsAfter(model, plan)) {
     card += fmt::format("| {} | {} | {} | {:.2f} | {} |\n", part.part, part.format, part.matrices,

@@ -1,18 +1,18 @@
-// `winnow quantize` by rounding to nearest: every matrix by itself, no text needed. Rows of a matrix
-// at a time are read, rounded and handed to the writer, so that memory holds one expert and one
-// piece of work whatever the size of the model.
+// `winnow quantize` by rounding to nearest: every matrix by itself, no text needed. Rows of a
+// matrix at a time are read, rounded and handed to the writer, so that memory holds one expert and
+// one piece of work whatever the size of the model.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
-#include "base/file.h"                // fs
-#include "base/memory.h"              // MemoryPlan
-#include "base/progress.h"            // JobControl
-#include "base/thread_pool.h"         // ThreadPool
-#include "model/model.h"              // Model
-#include "quantize/packed_writer.h"   // PackedWriteResult
-#include "quantize/quantize_plan.h"   // QuantizePlan
+#include "base/file.h"               // fs
+#include "base/memory.h"             // MemoryPlan
+#include "base/progress.h"           // JobControl
+#include "base/thread_pool.h"        // ThreadPool
+#include "model/model.h"             // Model
+#include "quantize/packed_writer.h"  // PackedWriteResult
+#include "quantize/quantize_plan.h"  // QuantizePlan
 
 namespace winnow {
 
