@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -19,7 +21,7 @@ std::vector<AllocationItem> Experts(size_t count, uint32_t seed) {
     const double size = scale(random);
     for (const int bits : {2, 3, 4, 5, 6, 8}) {
       item.bytes.push_back(static_cast<uint64_t>(bits) * 100 + 50);
-      item.error.push_back(size * std::pow(0.25 + 0.02 * (random() % 5), bits));
+      item.error.push_back(size * std::pow(0.25 + 0.02 * static_cast<double>(random() % 5), bits));
     }
   }
   return items;
