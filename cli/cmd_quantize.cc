@@ -8,6 +8,7 @@
 #include "base/units.h"
 #include "model/weight_parts.h"
 #include "quantize/quantize_run.h"
+#include "quantizing.h"
 #include "session.h"
 
 namespace winnow::cli {
@@ -19,6 +20,7 @@ struct QuantizeFlags {
   std::string grid;
   bool asymmetric = false;
   int64_t group = 0;  // 0: not given
+  QuantizingFlags quantizing;
 };
 
 constexpr const char* kKnownFormats =
@@ -43,6 +45,13 @@ PackedFormat ParseFormat(const std::string& flag, const std::string& text, const
 // --grid, --asymmetric and --group complete a name that is of bits alone.
 PackedFormat ExpertFormat(const QuantizeFlags& flags, const Model& model) {
   PackedFormat format = ParseFormat("--experts", flags.experts, model);
+  if (!flags.quantizing.size.empty()) {
+    if (!format.empty()) {
+      throw UsageError("--size chooses the bits of each expert: --experts does not go with it",
+                       "give one of the two; --grid, --asymmetric and --group go with --size");
+    }
+    format.bits = 4;
+  }
   const bool any = !flags.grid.empty() || flags.asymmetric || flags.group != 0;
   if (!any) return format;
   if (format.empty() || format != PackedFormat{.bits = format.bits}) {
@@ -75,10 +84,22 @@ int RunQuantizeVerb(Session& session, const QuantizeFlags& flags) {
   RequireFreshOutput(flags.output, OutputKind::kFolder, session.flags, flags.model,
                      /*resumable=*/false);
   const Model model = Model::Open(flags.model);
-  const QuantizePlan plan = UniformQuantizePlan(model, ExpertFormat(flags, model),
-                                                ParseFormat("--rest", flags.rest, model));
+  QuantizePlan plan = UniformQuantizePlan(model, ExpertFormat(flags, model),
+                                          ParseFormat("--rest", flags.rest, model));
+  Quantizing quantizing;
+  if (!flags.quantizing.calibration.sources.empty()) {
+    quantizing.sources = LoadCalibration(session, model, flags.model, flags.quantizing.calibration);
+  }
+  if (!flags.quantizing.size.empty()) {
+    plan = PlanForSize(session, model, plan, ExpertFormat(flags, model), flags.quantizing,
+                       flags.output, quantizing);
+  }
   const QuantizeEstimate estimate = EstimateQuantize(model, plan);
-  session.RequireMemory(estimate.memory, "quantize");
+  if (quantizing.sources.empty()) {
+    session.RequireMemory(estimate.memory, "quantize");
+  } else if (session.flags.dry_run) {
+    QuantizeCalibrated(session, model, plan, flags.quantizing, flags.output, quantizing);
+  }
   session.Note(Summary(estimate));
   if (session.flags.dry_run) {
     for (const WeightPart& part : WeightParts(model, plan.layers, plan.lm_head)) {
@@ -93,7 +114,9 @@ int RunQuantizeVerb(Session& session, const QuantizeFlags& flags) {
     return 0;
   }
   const PackedWriteResult result =
-      RunQuantize(model, plan, flags.output, session.pool(), session.control());
+      quantizing.sources.empty()
+          ? RunQuantize(model, plan, flags.output, session.pool(), session.control())
+          : *QuantizeCalibrated(session, model, plan, flags.quantizing, flags.output, quantizing);
   session.FinishProgress();
   if (session.flags.json) {
     session.PrintJson({{"schema", "winnow.quantize/1"},
@@ -133,6 +156,7 @@ void AddQuantize(CLI::App& app, Session& session) {
   verb->add_option("--group", flags->group,
                    "Columns of the experts that share a scale: 32 (default), 64 or 128")
       ->check(CLI::IsMember({32, 64, 128}));
+  AddQuantizingFlags(*verb, flags->quantizing);
   verb->add_option("-o,--output", flags->output, "Checkpoint folder to write")
       ->required()
       ->transform(OutputPath);
