@@ -65,8 +65,9 @@ class PackedTest : public EveryIsa {};
 TEST_P(PackedTest, FewRowsGiveTheReferencesSums) {
   ThreadPool pool(2);
   for (const std::string& format : kFormats) {
-    for (const auto& [rows, n, k] :
+    for (const auto& [num_rows, num_out, num_in] :
          {std::array<int64_t, 3>{1, 33, 64}, {3, 16, 100}, {15, 50, 257}}) {
+      const int64_t rows = num_rows, n = num_out, k = num_in;
       const PackedWeight w(format, n, k, 3);
       const std::vector<float> x = Normals(rows * k, 4);
       std::vector<float> y(static_cast<size_t>(rows * n));
@@ -108,8 +109,10 @@ TEST_P(PackedTest, ARowDoesNotDependOnTheOthers) {
 TEST_P(PackedTest, ManyRowsGiveTheBitsOfTheWidenedWeight) {
   ThreadPool pool(2);
   for (const std::string& format : kFormats) {
-    for (const auto& [rows, n, k] :
+    for (const auto& [num_rows, num_out, num_in] :
          {std::array<int64_t, 3>{5, 33, 64}, {30, 48, 300}, {13, 7, 520}}) {
+      // Lambdas may not capture parts of a structured binding.
+      const int64_t rows = num_rows, n = num_out, k = num_in;
       const PackedWeight w(format, n, k, 7);
       std::vector<float> values;
       for (int64_t j = 0; j < n; ++j) {
