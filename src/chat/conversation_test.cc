@@ -42,6 +42,14 @@ TEST(Conversation, TheAssistantsTurnsCountWithTheirEnds) {
   EXPECT_EQ(Counted(bare, kTwoTurns), (Texts{"Yes..", "No.."}));
 }
 
+TEST(Conversation, EndsThatChangeDoNotCount) {
+  const ChatTemplate without_last_end = Parse(
+      "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+      "{{ '</>' if m.role == 'assistant' and not loop.last }}|"
+      "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}");
+  EXPECT_EQ(Counted(without_last_end, kTwoTurns), (Texts{"Yes.", "No.|"}));
+}
+
 TEST(Conversation, WhatTheTemplateMarksCounts) {
   const ChatTemplate marked = Parse(
       "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
