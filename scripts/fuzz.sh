@@ -29,6 +29,19 @@ for number, line in enumerate(open(sys.argv[2], encoding="utf-8")):
 END
     return
   fi
+  if [ "$target" = chat_fuzz ]; then
+    # The templates of the tokenizers, and every construct.
+    python3 - "$corpus" tests/data <<'END'
+import json, pathlib, sys
+corpus, data = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+templates = [json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+             for path in sorted(data.glob("tokenizers/*/tokenizer_config.json"))]
+templates += [json.loads(line)["template"] for line in open(data / "chat/constructs.jsonl", encoding="utf-8")]
+for number, template in enumerate(templates):
+    (corpus / f"seed-{number:03}").write_bytes(template.encode("utf-8", "surrogatepass"))
+END
+    return
+  fi
   case $target in
     *safetensors*) set -- -name '*.safetensors' ;;
     config_fuzz) set -- -name 'config.json' ;;

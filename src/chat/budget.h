@@ -16,9 +16,9 @@ inline constexpr int kMaxEvaluationDepth = 700;
 
 class Budget {
  public:
-  // A published template takes some thousand steps and copies its input a few dozen times.
+  // A published template takes some hundred steps a message and copies its input a few dozen times.
   explicit Budget(uint64_t input_bytes)
-      : steps_(10'000'000 + input_bytes), bytes_((uint64_t{256} << 20) + 64 * input_bytes) {}
+      : steps_(4'000'000 + 4 * input_bytes), bytes_((uint64_t{64} << 20) + 64 * input_bytes) {}
 
   void UseSteps(uint64_t count) {
     if (count > steps_) throw Problem("rendering takes too many steps");

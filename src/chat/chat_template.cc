@@ -63,6 +63,7 @@ std::tm LocalTime() {
 uint64_t CountBytes(const OrderedJson& json) {
   if (json.is_string()) return json.get_ref<const std::string&>().size();
   uint64_t bytes = 8;
+  if (!json.is_structured()) return bytes;
   for (const auto& [key, item] : json.items()) bytes += key.size() + CountBytes(item);
   return bytes;
 }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "base/error.h"
+#include "chat/text_functions.h"
 
 namespace winnow {
 namespace {
@@ -55,6 +56,27 @@ std::optional<size_t> AnswerBegin(const ChatTemplate& chat_template,
   return std::max(begin, before->size());
 }
 
+// Where it ends: with what the conversation up to it ends with. If the text goes on in another way
+// there (some templates leave out the end of the last turn), where they part.
+std::optional<size_t> AnswerEnd(const ChatTemplate& chat_template, const Conversation& conversation,
+                                const std::string& text, size_t index) {
+  if (index + 1 == conversation.messages.size()) return text.size();
+  const auto until = RenderFirst(chat_template, conversation, index + 1, false);
+  if (!until) return std::nullopt;
+  return CommonBytes(text, *until);
+}
+
+// Whether [begin, end) has the message's words, so that it is the turn and not what little two ways
+// to write it have in common. The last turn is written in one way, be it without its thoughts.
+bool HoldsAnswer(const std::string& text, size_t begin, size_t end, const OrderedJson& message) {
+  if (begin >= end) return false;
+  const auto content = message.find("content");
+  if (end == text.size() || content == message.end() || !content->is_string()) return true;
+  const std::string& words = content->get_ref<const std::string&>();
+  const std::string_view bare = chat::Strip(words, nullptr, chat::StripSide::kBoth);
+  return std::string_view(text).substr(begin, end - begin).find(bare) != std::string_view::npos;
+}
+
 }  // namespace
 
 Conversation ConversationFromJson(std::string_view json, const std::string& where) {
@@ -89,12 +111,10 @@ std::vector<Span> AssistantSpans(const ChatTemplate& chat_template,
   std::vector<Span> spans;
   for (size_t i = 0; i < messages.size(); ++i) {
     if (!IsAssistant(messages[i])) continue;
-    const bool is_last = i + 1 == messages.size();
     const auto begin = AnswerBegin(chat_template, conversation, rendered.text, i);
-    const auto until = is_last ? std::optional(rendered.text)
-                               : RenderFirst(chat_template, conversation, i + 1, false);
-    if (begin && until && rendered.text.starts_with(*until) && *begin < until->size()) {
-      spans.emplace_back(*begin, until->size());
+    const auto end = AnswerEnd(chat_template, conversation, rendered.text, i);
+    if (begin && end && HoldsAnswer(rendered.text, *begin, *end, messages[i])) {
+      spans.emplace_back(*begin, *end);
     }
   }
   return spans;

@@ -4,8 +4,9 @@
 // What counts are the assistant's turns with what ends them, without the header before them:
 //   - where the template marks them ({% generation %}), what it marks;
 //   - else a turn is what its message adds to the conversation up to it, rendered with a generation
-//     prompt, as long as that text stays as it is in the whole conversation. Templates that rewrite
-//     earlier turns (they drop what was thought) leave the last turn alone to count.
+//     prompt, as far as that text stays as it is in the whole conversation. Templates that rewrite
+//     earlier turns (they drop what was thought) leave the last turn alone to count, those that end
+//     the last turn otherwise than the others leave out the ends of the others.
 #pragma once
 
 #include <cstdint>

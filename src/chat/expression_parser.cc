@@ -48,6 +48,9 @@ ExprPtr ExpressionParser::Finish(ExprPtr node) const {
     if (part != nullptr) deepest = std::max(deepest, part->depth);
   }
   for (const auto& [name, part] : node->named) deepest = std::max(deepest, part->depth);
+  for (const ExprPtr* part : {&node->unpacked_list, &node->unpacked_dict}) {
+    if (*part != nullptr) deepest = std::max(deepest, (*part)->depth);
+  }
   node->depth = deepest + 1;
   if (node->depth > kMaxExpressionDepth) {
     throw Problem(fmt::format("an expression is nested deeper than {}", kMaxExpressionDepth),
@@ -352,10 +355,16 @@ ExprPtr ExpressionParser::ParseSubscript(ExprPtr value) {
 void ExpressionParser::ParseArguments(Expr& call) {
   tokens_.ExpectOperator("(");
   while (!tokens_.IsOperator(")")) {
-    if (tokens_.IsOperator("*") || tokens_.IsOperator("**")) {
-      tokens_.Fail("unpacked arguments (*, **) are not supported");
-    }
-    if (tokens_.Is(TokenKind::kName) && tokens_.Is(TokenKind::kOperator, "=", 1)) {
+    const bool is_last = call.unpacked_list != nullptr || call.unpacked_dict != nullptr;
+    if (tokens_.IsOperator("**") && call.unpacked_dict == nullptr) {
+      tokens_.Take();
+      call.unpacked_dict = Parse();
+    } else if (tokens_.IsOperator("*") && !is_last) {
+      tokens_.Take();
+      call.unpacked_list = Parse();
+    } else if (is_last) {
+      tokens_.Fail("unpacked arguments (*, **) come last");
+    } else if (tokens_.Is(TokenKind::kName) && tokens_.Is(TokenKind::kOperator, "=", 1)) {
       const std::string name = tokens_.Take().text;
       tokens_.Take();
       call.named.emplace_back(name, Parse());

@@ -118,6 +118,12 @@ Value Mapped(const FilterCall& call) {
   return call.Result(kFunction(call.AsText()));
 }
 
+std::string TitleWord(std::string_view word) {
+  if (word.empty()) return {};
+  const size_t first = tok::CharBytes(word[0]);
+  return Upper(word.substr(0, first)) + Lower(word.substr(first));
+}
+
 // Jinja's own: words begin after spaces, hyphens and opening brackets, not after apostrophes.
 std::string TitleWords(std::string_view text) {
   const std::u32string_view openers = U"-({[<";
@@ -131,11 +137,11 @@ std::string TitleWords(std::string_view text) {
       word += character;
       continue;
     }
-    result += Capitalize(word);
+    result += TitleWord(word);
     word.clear();
     result += character;
   }
-  return result + Capitalize(word);
+  return result + TitleWord(word);
 }
 
 Value ToInteger(const FilterCall& call) {
@@ -151,6 +157,7 @@ Value ToInteger(const FilterCall& call) {
     if (text.starts_with('+')) text.remove_prefix(1);
     int64_t whole = 0;
     const int64_t base = std::clamp<int64_t>(call.Whole(bound[1], 10), 2, 36);
+    if (base == 16 && (text.starts_with("0x") || text.starts_with("0X"))) text.remove_prefix(2);
     const char* end = text.data() + text.size();
     const auto read = std::from_chars(text.data(), end, whole, static_cast<int>(base));
     if (read.ec == std::errc() && read.ptr == end) return Value::Integer(whole);

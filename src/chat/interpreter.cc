@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <iterator>
 #include <unordered_map>
 
 #include "chat/filters.h"
@@ -15,6 +16,9 @@ namespace {
 
 // As in Jinja's sandbox.
 constexpr int64_t kMaxRange = 100'000;
+
+// Names of its own make a turn of a loop take longer than a node.
+constexpr uint64_t kStepsOfAScope = 5;
 
 constexpr std::string_view kFunctions[] = {"raise_exception", "strftime_now", "namespace", "dict",
                                            "range"};
@@ -143,7 +147,7 @@ class Interpreter {
     if (all.empty()) return Execute(statement.otherwise);
     ++loop_depth_;
     for (size_t i = 0; i < all.size(); ++i) {
-      budget_.UseSteps(1);
+      budget_.UseSteps(kStepsOfAScope);
       const NewScope scope(*this, false);
       scopes_.back().names["loop"] = Value::OfLoop(std::make_shared<const Loop>(
           Loop{list.shared_list(), static_cast<int64_t>(i), loop_depth_}));
@@ -157,6 +161,7 @@ class Interpreter {
   std::vector<Value> FilterItems(const Statement& statement, std::vector<Value> items) {
     std::vector<Value> kept;
     for (Value& item : items) {
+      budget_.UseSteps(kStepsOfAScope);
       const NewScope scope(*this, false);
       Assign(statement.target, item);
       if (Evaluate(*statement.condition).IsTrue()) kept.push_back(std::move(item));
@@ -255,11 +260,16 @@ class Interpreter {
         return Value::OfList(EvaluateAll(expr, 0), ListKind::kTuple);
       case ExprKind::kDict:
         return EvaluateDict(expr);
-      case ExprKind::kAttribute:
-        return GetAttribute(Evaluate(*expr.operands[0]), expr.name, budget_);
+      case ExprKind::kAttribute: {
+        const Value object = Evaluate(*expr.operands[0]);
+        line_ = expr.line;
+        return GetAttribute(object, expr.name, budget_);
+      }
       case ExprKind::kSubscript: {
         const Value object = Evaluate(*expr.operands[0]);
-        return GetItem(object, Evaluate(*expr.operands[1]), budget_);
+        const Value key = Evaluate(*expr.operands[1]);
+        line_ = expr.line;
+        return GetItem(object, key, budget_);
       }
       case ExprKind::kSlice:
         return EvaluateSlice(expr);
@@ -302,6 +312,16 @@ class Interpreter {
     Arguments arguments{EvaluateAll(expr, 1), {}};
     for (const auto& [name, value] : expr.named) {
       arguments.named.emplace_back(name, Evaluate(*value));
+    }
+    if (expr.unpacked_list != nullptr) {
+      std::vector<Value> more = Items(Evaluate(*expr.unpacked_list), budget_);
+      std::move(more.begin(), more.end(), std::back_inserter(arguments.positional));
+    }
+    if (expr.unpacked_dict != nullptr) {
+      for (const Value& pair : Pairs(Evaluate(*expr.unpacked_dict), "**", budget_)) {
+        const std::vector<Value>& both = pair.list().items;
+        arguments.named.emplace_back(both[0].text(), both[1]);
+      }
     }
     line_ = expr.line;
     return arguments;

@@ -13,8 +13,9 @@
 namespace winnow::chat {
 namespace {
 
-// "a.0.b" as Jinja looks it up: each part a key or an attribute, numbers positions.
-Value LookUp(const Value& value, const Value& path, Budget& budget) {
+// "a.0.b" as Jinja looks it up: each part a key or an attribute, numbers positions. `fallback`
+// takes the place of a part that is not there, unless it is undefined itself.
+Value LookUp(const Value& value, const Value& path, Budget& budget, const Value& fallback = {}) {
   if (path.IsWhole()) return GetItem(value, path, budget);
   if (!path.is(Kind::kString)) throw Problem("an attribute is named by a string or a number");
   Value found = value;
@@ -23,8 +24,9 @@ Value LookUp(const Value& value, const Value& path, Budget& budget) {
     int64_t position = 0;
     const auto read = std::from_chars(part.data(), part.data() + part.size(), position);
     const bool is_position = read.ec == std::errc() && read.ptr == part.data() + part.size();
-    found = GetItem(
-        found, is_position ? Value::Integer(position) : Value::String(std::string(part)), budget);
+    const Value key = is_position ? Value::Integer(position) : Value::String(std::string(part));
+    found = GetItem(found, key, budget);
+    if (found.is(Kind::kUndefined) && !fallback.is(Kind::kUndefined)) found = fallback;
   }
   return found;
 }
@@ -83,6 +85,11 @@ Value Reverse(const FilterCall& call) {
   return call.Result(std::move(text));
 }
 
+// Items of what `map` and `select` go over: nothing of none and other values that are false.
+std::vector<Value> ItemsIfTrue(const FilterCall& call) {
+  return call.value.IsTrue() ? Items(call.value, call.budget) : std::vector<Value>();
+}
+
 // The first positional argument names a filter or a test, the rest is for it.
 std::string TakeName(const FilterCall& call, Arguments& rest) {
   if (rest.positional.empty()) throw Problem(fmt::format("{} needs a name", call.name));
@@ -101,11 +108,10 @@ Value Map(const FilterCall& call) {
   } else {
     name = TakeName(call, rest);
   }
-  std::vector<Value> items = Items(call.value, call.budget);
+  std::vector<Value> items = ItemsIfTrue(call);
   for (Value& item : items) {
     if (by_attribute) {
-      item = LookUp(item, bound[0], call.budget);
-      if (item.is(Kind::kUndefined) && !bound[1].is(Kind::kUndefined)) item = bound[1];
+      item = LookUp(item, bound[0], call.budget, bound[1]);
     } else {
       item = ApplyFilter(name, item, rest, call.budget);
     }
@@ -126,7 +132,7 @@ Value Select(const FilterCall& call) {
   const bool by_truth = rest.positional.empty();
   const std::string test = by_truth ? "" : TakeName(call, rest);
   std::vector<Value> chosen;
-  for (const Value& item : Items(call.value, call.budget)) {
+  for (const Value& item : ItemsIfTrue(call)) {
     const Value judged = kByAttribute ? LookUp(item, attribute, call.budget) : item;
     const bool holds = by_truth ? judged.IsTrue() : ApplyTest(test, judged, rest, call.budget);
     if (holds == kKeep) chosen.push_back(item);

@@ -39,13 +39,17 @@ int64_t WholePower(int64_t base, int64_t exponent) {
 
 Value CalculateWhole(Operator op, int64_t a, int64_t b) {
   int64_t result = 0;
+  bool overflows = false;
   switch (op) {
     case Operator::kAdd:
-      return Value::Integer(Checked(__builtin_add_overflow(a, b, &result), result));
+      overflows = __builtin_add_overflow(a, b, &result);
+      return Value::Integer(Checked(overflows, result));
     case Operator::kSubtract:
-      return Value::Integer(Checked(__builtin_sub_overflow(a, b, &result), result));
+      overflows = __builtin_sub_overflow(a, b, &result);
+      return Value::Integer(Checked(overflows, result));
     case Operator::kMultiply:
-      return Value::Integer(Checked(__builtin_mul_overflow(a, b, &result), result));
+      overflows = __builtin_mul_overflow(a, b, &result);
+      return Value::Integer(Checked(overflows, result));
     case Operator::kPower:
       if (b < 0) return Value::Float(std::pow(static_cast<double>(a), static_cast<double>(b)));
       return Value::Integer(WholePower(a, b));

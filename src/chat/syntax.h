@@ -47,6 +47,8 @@ struct Expr {
   std::vector<ExprPtr> operands = {};
   std::vector<Operator> operators = {};
   std::vector<std::pair<std::string, ExprPtr>> named = {};  // named arguments
+  ExprPtr unpacked_list = {};                               // *list behind the arguments
+  ExprPtr unpacked_dict = {};                               // **dict behind the named ones
 };
 
 enum class StatementKind {

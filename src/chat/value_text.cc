@@ -55,8 +55,7 @@ void AppendJsonString(const std::string& text, bool ensure_ascii, std::string& o
       out += '\\';
       out += kLetters[known];
     } else if (c.code < 0x20 || (ensure_ascii && c.code >= 0x7F && c.code < 0x10000)) {
-      // 0x7F is ASCII and stays as it is.
-      out += c.code == 0x7F ? "\x7f" : fmt::format("\\u{:04x}", static_cast<uint32_t>(c.code));
+      out += fmt::format("\\u{:04x}", static_cast<uint32_t>(c.code));
     } else if (ensure_ascii && c.code >= 0x10000) {
       const uint32_t rest = static_cast<uint32_t>(c.code) - 0x10000;
       out += fmt::format("\\u{:04x}\\u{:04x}", 0xD800 + (rest >> 10), 0xDC00 + (rest & 0x3FF));

@@ -243,5 +243,18 @@ TEST_F(BlocksTest, TokensOfPromptsHaveNoWeight) {
                UsageError);
 }
 
+TEST_F(BlocksTest, ConversationsBringTheirWeights) {
+  const fs::path path = folder_.Write("talks.jsonl", "{\"messages\": [1]}\n{\"messages\": [1]}\n");
+  const auto conversation = [](std::string_view, const std::string&) {
+    return CountedIds{{5, 6, 7}, {0, 1, 0}};
+  };
+  const TokenSequences blocks = BlocksFromDocuments(
+      Source(path), EncodeBytes, {.num_blocks = 2, .block_tokens = 3}, conversation);
+  EXPECT_THAT(blocks.ids, ElementsAre(5, 6, 7, 5, 6, 7));
+  EXPECT_THAT(blocks.weights, ElementsAre(0, 1, 0, 0, 1, 0));
+  EXPECT_THROW(BlocksFromDocuments(Source(path), EncodeBytes, {.num_blocks = 1, .block_tokens = 3}),
+               UsageError);
+}
+
 }  // namespace
 }  // namespace winnow

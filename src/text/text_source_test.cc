@@ -307,6 +307,31 @@ TEST_F(TextSourceTest, PromptedLinesAreReadWhereAnswersCount) {
       HasSubstr("no key \"text\""));
 }
 
+TEST_F(TextSourceTest, ConversationsAreHandedOnAsTheyAre) {
+  const std::string line = R"({"messages": [{"role": "user", "content": "a"}], "id": 1})";
+  const fs::path path = folder_.Write("a.jsonl", "\n" + line + "\n");
+  const TextSource source = ParseTextSource(path.string());
+  std::vector<Document> documents;
+  const auto keep = [&](Document document) {
+    documents.push_back(std::move(document));
+    return true;
+  };
+  ReadPromptedDocuments(source, "text", keep);
+  ASSERT_EQ(documents.size(), 1U);
+  EXPECT_TRUE(documents[0].is_conversation);
+  EXPECT_EQ(ParseJson(documents[0].text, "line"), ParseJson(line, "line"));
+  EXPECT_THAT(documents[0].where, HasSubstr("a.jsonl: line 2"));
+  const auto encode = [](std::string_view, bool) { return std::vector<int32_t>{9}; };
+  EXPECT_THROW(EncodeDocument(documents[0], encode, {}), UsageError);
+  const auto conversation = [](std::string_view, const std::string&) {
+    return CountedIds{{1, 2}, {0, 1}};
+  };
+  EXPECT_THAT(EncodeDocument(documents[0], encode, conversation).ids, ElementsAre(1, 2));
+  EXPECT_THAT(
+      ModelErrorOf([&] { ReadDocuments(source, "text", [](const std::string&) { return true; }); }),
+      HasSubstr("no key \"text\""));
+}
+
 // `mask`: what each token counts for, in any type that has numbers or truth values.
 TEST_F(TokenIdsTest, MasksWeighTokens) {
   const std::vector<int32_t> ids = {1, 2, 3, 4};
