@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include "base/error.h"
 #include "model/model_config.h"
+#include "model/quantization_config.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace winnow;
@@ -27,6 +29,26 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       if (layer.expert_width < 1 || layer.shared_width < 0) std::abort();
       if (config.num_experts_per_tok < 1 || layer.num_experts < config.num_experts_per_tok) {
         std::abort();
+      }
+    }
+    // Formats fit their layers, and read back as what was written.
+    std::vector<LayerFormats> formats;
+    for (const LayerConfig& layer : config.layers) {
+      const size_t experts = layer.formats.experts.size();
+      if (experts != 0 && experts != static_cast<size_t>(layer.num_experts)) std::abort();
+      formats.push_back(layer.formats);
+    }
+    const ModelConfig again =
+        ParseModelConfig(ConfigWithFormats(json, formats, config.lm_head_format), "fuzz");
+    if (again.is_packed() != config.is_packed()) std::abort();
+    for (size_t l = 0; config.is_packed() && l < formats.size(); ++l) {
+      const LayerFormats& read = again.layers[l].formats;
+      if (read.attention != formats[l].attention || read.shared != formats[l].shared ||
+          read.dense != formats[l].dense) {
+        std::abort();
+      }
+      for (size_t e = 0; e < formats[l].experts.size(); ++e) {
+        if (read.Expert(e) != formats[l].experts[e]) std::abort();
       }
     }
     if (config.MoeLayers().empty()) return 0;

@@ -16,8 +16,8 @@ constexpr int kUsage = 2;
 constexpr int kModel = 3;
 constexpr int kResource = 4;
 
-const char* const kVerbs[] = {"inspect", "doctor",   "observe", "plan",     "apply", "eval",
-                              "run",     "compress", "stats",   "tokenize", "trace", "finetune"};
+const char* const kVerbs[] = {"inspect",  "doctor", "observe",  "plan",  "apply",    "eval", "run",
+                              "compress", "stats",  "tokenize", "trace", "finetune", "bench"};
 
 void WriteText(const std::string& path, const std::string& content) {
   std::ofstream(path, std::ios::binary) << content;

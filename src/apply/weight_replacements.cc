@@ -13,9 +13,10 @@ void WeightReplacements::Add(const TensorSlice& slice, std::shared_ptr<const Saf
                              const std::string& name) {
   const TensorInfo& tensor = file->Get(name);
   if (!slice.packed.empty()) {
-    throw UsageError(fmt::format("{} is packed: its weights cannot be replaced one matrix at a time",
-                                 slice.tensor->name),
-                     "change the original model, quantise last");
+    throw UsageError(
+        fmt::format("{} is packed: its weights cannot be replaced one matrix at a time",
+                    slice.tensor->name),
+        "change the original model, quantise last");
   }
   const bool same = tensor.dtype == slice.tensor->dtype;
   const uint64_t elements = slice.bytes() * 8 / DtypeBits(slice.tensor->dtype);

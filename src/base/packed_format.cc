@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 
@@ -44,6 +45,46 @@ uint16_t LoadHalf(const std::byte* from) {
   uint16_t bits = 0;
   std::memcpy(&bits, from, sizeof(bits));
   return bits;
+}
+
+// The codes of a chunk in the order of its vectors, [columns / 4][row][column % 4].
+void UnpackCodes(int bits, const std::byte* chunk, uint8_t* codes) {
+  std::memset(codes, 0, kPackedRows * kPackedChunkColumns);
+  for (int from = 0; from < bits;) {
+    const int width = PlaneWidth(bits, from);
+    const unsigned mask = (1u << width) - 1;
+    for (int j = 0; j < width; ++j) {
+      for (int s = 0; s < 8 / width; ++s) {
+        uint8_t* to = codes + (j + width * s) * 64;
+        for (int i = 0; i < 64; ++i) {
+          const unsigned part =
+              (std::to_integer<unsigned>(chunk[j * 64 + i]) >> (width * s)) & mask;
+          to[i] = static_cast<uint8_t>(to[i] | (part << from));
+        }
+      }
+    }
+    chunk += 64 * width;
+    from += width;
+  }
+}
+
+std::array<int8_t, 16> GridOf(const PackedFormat& format) {
+  if (format.grid != PackedGrid::kLogarithmic) return {};
+  return LogGrid(format.bits);
+}
+
+// What one code stands for.
+float ValueOf(const PackedFormat& format, const std::array<int8_t, 16>& grid, int code, float scale,
+              float minimum) {
+  switch (format.grid) {
+    case PackedGrid::kAsymmetric:
+      return static_cast<float>(code) * scale + minimum;
+    case PackedGrid::kLogarithmic:
+      return static_cast<float>(grid[static_cast<size_t>(code)]) * (scale / 64);
+    case PackedGrid::kSymmetric:
+      break;
+  }
+  return static_cast<float>(code - (1 << (format.bits - 1))) * scale;
 }
 
 // Where the row's scale of `group` lies in its block; `part` 1: the minimum.
@@ -171,16 +212,33 @@ float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int
   const int64_t group = col / format.group_columns, lane = row % kPackedRows;
   const float scale = FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 0)));
   const int code = LoadPackedCode(format, cols, row, col, bytes);
-  switch (format.grid) {
-    case PackedGrid::kAsymmetric:
-      return static_cast<float>(code) * scale +
-             FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 1)));
-    case PackedGrid::kLogarithmic:
-      return static_cast<float>(LogGrid(format.bits)[static_cast<size_t>(code)]) * (scale / 64);
-    case PackedGrid::kSymmetric:
-      break;
+  const float minimum =
+      format.grid == PackedGrid::kAsymmetric
+          ? FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 1)))
+          : 0.0f;
+  return ValueOf(format, GridOf(format), code, scale, minimum);
+}
+
+void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* block, float* values) {
+  std::array<uint8_t, kPackedRows * kPackedChunkColumns> codes;
+  const std::array<int8_t, 16> grid = GridOf(format);
+  for (int64_t first = 0; first < cols; first += kPackedChunkColumns) {
+    UnpackCodes(format.bits, block + ChunkOffset(format, cols, first), codes.data());
+    const int64_t group = first / format.group_columns;  // groups are whole chunks
+    const int64_t end = std::min(cols, first + kPackedChunkColumns);
+    for (int64_t row = 0; row < kPackedRows; ++row) {
+      const float scale = FloatFromF16(LoadHalf(block + HalfOffset(format, cols, row, group, 0)));
+      const float minimum =
+          format.grid == PackedGrid::kAsymmetric
+              ? FloatFromF16(LoadHalf(block + HalfOffset(format, cols, row, group, 1)))
+              : 0.0f;
+      for (int64_t col = first; col < end; ++col) {
+        const int64_t at = (col - first) / 4 * 64 + row * 4 + col % 4;
+        values[row * cols + col] =
+            ValueOf(format, grid, codes[static_cast<size_t>(at)], scale, minimum);
+      }
+    }
   }
-  return static_cast<float>(code - (1 << (format.bits - 1))) * scale;
 }
 
 }  // namespace winnow

@@ -72,5 +72,8 @@ uint8_t LoadPackedCode(const PackedFormat& format, int64_t cols, int64_t row, in
                        const std::byte* bytes);
 float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int64_t col,
                       const std::byte* bytes);
+// All of a block of kPackedRows rows at once, [kPackedRows, cols], the same values: for callers
+// that look at every weight and multiply nothing. `block` is PackedBlockBytes.
+void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* block, float* values);
 
 }  // namespace winnow

@@ -67,6 +67,15 @@ TEST(PackedFormat, RowsComeBack) {
       StorePackedRow(format, cols, row, {codes[r].data(), scales[r].data(), minima[r].data()},
                      bytes.data());
     }
+    std::vector<float> block(kPackedRows * cols);  // the second, of which three rows exist
+    UnpackBlock(format, cols, bytes.data() + PackedBlockBytes(format, cols), block.data());
+    for (int64_t row = kPackedRows; row < rows; ++row) {
+      for (int64_t col = 0; col < cols; ++col) {
+        ASSERT_EQ(block[static_cast<size_t>((row - kPackedRows) * cols + col)],
+                  LoadPackedValue(format, cols, row, col, bytes.data()))
+            << name << " " << row << " " << col;
+      }
+    }
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t col = 0; col < cols; ++col) {
         const auto r = static_cast<size_t>(row), c = static_cast<size_t>(col);

@@ -104,8 +104,8 @@ void ScanPacked(const Model& model, const TensorSlice& slice, HealthReport& repo
     }
   }
   const std::string where =
-      fmt::format("{} ({} [{}, {}] at byte {})", slice.tensor->name,
-                  PackedFormatName(slice.packed), slice.rows, slice.cols, slice.offset_bytes);
+      fmt::format("{} ({} [{}, {}] at byte {})", slice.tensor->name, PackedFormatName(slice.packed),
+                  slice.rows, slice.cols, slice.offset_bytes);
   if (bad > 0) {
     report.findings.push_back(fmt::format("{}: {} scales are NaN or infinite", where, bad));
   }

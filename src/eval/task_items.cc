@@ -118,7 +118,7 @@ class ItemReader {
 
 std::vector<TaskItem> ReadTaskItems(const fs::path& path, int64_t limit) {
   std::vector<TaskItem> items;
-  ReadJsonObjects(path, [&](const std::string& where, const Json& object) {
+  ReadJsonObjects(path, [&](const std::string& where, const Json& object, std::string_view) {
     items.push_back(ItemReader(where, object).Read());
     return limit == 0 || static_cast<int64_t>(items.size()) < limit;
   });

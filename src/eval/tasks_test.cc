@@ -146,7 +146,7 @@ TEST(TaskRequests, AreThoseOfThePublishedHarness) {
   const std::vector<TaskItem> items = ReadTaskItems(kItems, 0);
   int settings = 0;
   ReadJsonObjects(fs::path(WINNOW_TEST_DATA) / "eval" / "lm-eval-requests.jsonl",
-                  [&](const std::string& where, const Json& golden) {
+                  [&](const std::string& where, const Json& golden, std::string_view) {
                     ++settings;
                     SCOPED_TRACE(where + ": " + golden["tokenizer"].get<std::string>());
                     const Tokenizer tokenizer =

@@ -26,11 +26,10 @@ double Seconds(std::chrono::steady_clock::time_point since) {
 
 }  // namespace
 
-GeneratePlan PlanGenerate(const Model& model, int64_t prompt_tokens, const GenerateOptions& options,
+GeneratePlan PlanGenerate(const Model& model, int64_t capacity, const GenerateOptions& options,
                           int num_threads) {
   const ModelConfig& config = model.config();
-  const int64_t capacity = prompt_tokens + options.max_new_tokens;
-  const int64_t chunk = std::min(kPromptChunk, std::max<int64_t>(1, prompt_tokens));
+  const int64_t chunk = std::min(kPromptChunk, capacity);
   GeneratePlan plan;
   plan.memory = BatchRunner::Plan(
       model, {.context_tokens = capacity, .kept_experts = options.kept_experts}, num_threads);
@@ -52,18 +51,20 @@ GeneratePlan PlanGenerate(const Model& model, int64_t prompt_tokens, const Gener
   return plan;
 }
 
-namespace {
-
 // Where a sequence's next logits come from: all of the model in memory, or a layer at a time.
-class NextLogits {
+class Generator::NextLogits {
  public:
   virtual ~NextLogits() = default;
-  // Appends tokens; the logits [vocab_size] after the last of them.
+  virtual int64_t length() const = 0;
+  virtual void Truncate(int64_t length) = 0;
+  // Appends tokens of a prompt; the logits [vocab_size] after the last of them.
   virtual void Append(std::span<const int32_t> ids, std::span<float> logits) = 0;
+  // The same for one token that was generated.
+  virtual void AppendNew(int32_t token, std::span<float> logits) = 0;
   virtual std::optional<SkipCounts> skipping() const = 0;
 };
 
-class ResidentModel : public NextLogits {
+class Generator::ResidentModel : public NextLogits {
  public:
   ResidentModel(const Model& model, int64_t capacity, const GenerateOptions& options,
                 ThreadPool& pool, const JobControl& control)
@@ -75,15 +76,16 @@ class ResidentModel : public NextLogits {
                  .skip_betas = options.skip_betas},
                 pool, control) {}
 
+  int64_t length() const override { return runner_.length(0); }
+  void Truncate(int64_t length) override { runner_.Truncate(0, length); }
   void Append(std::span<const int32_t> ids, std::span<float> logits) override {
-    if (runner_.length(0) > 0 && ids.size() == 1) {
-      const DecodeEntry entry = {.slot = 0, .token = ids[0]};
-      runner_.Decode(std::span(&entry, 1), logits);
-      return;
-    }
     runner_.Prefill(0, ids, 1, [&](int64_t, std::span<const float> row) {
       std::copy(row.begin(), row.end(), logits.begin());
     });
+  }
+  void AppendNew(int32_t token, std::span<float> logits) override {
+    const DecodeEntry entry = {.slot = 0, .token = token};
+    runner_.Decode(std::span(&entry, 1), logits);
   }
   std::optional<SkipCounts> skipping() const override {
     return skips_ ? std::optional(runner_.skip_counts()) : std::nullopt;
@@ -95,7 +97,7 @@ class ResidentModel : public NextLogits {
   BatchRunner runner_;
 };
 
-class StreamedModel : public NextLogits {
+class Generator::StreamedModel : public NextLogits {
  public:
   StreamedModel(const Model& model, int64_t capacity, const GenerateOptions& options,
                 ThreadPool& pool, const JobControl& control)
@@ -111,6 +113,8 @@ class StreamedModel : public NextLogits {
     if (skips_) feed_forward_.SetSkipping(options.skip_betas);
   }
 
+  int64_t length() const override { return cache_.length(); }
+  void Truncate(int64_t length) override { cache_.Advance(length - cache_.length()); }
   void Append(std::span<const int32_t> ids, std::span<float> logits) override {
     const auto n = static_cast<int64_t>(ids.size());
     const int64_t h = model_.config().hidden_size;
@@ -128,6 +132,9 @@ class StreamedModel : public NextLogits {
     cache_.Advance(n);
     ComputeLogits(model_, pool_, hidden_.data() + (n - 1) * h, 1, logits.data());
   }
+  void AppendNew(int32_t token, std::span<float> logits) override {
+    Append(std::span(&token, 1), logits);
+  }
   std::optional<SkipCounts> skipping() const override {
     return skips_ ? std::optional(feed_forward_.skip_counts()) : std::nullopt;
   }
@@ -144,64 +151,97 @@ class StreamedModel : public NextLogits {
   bool skips_;
 };
 
-}  // namespace
+Generator::Generator(const Model& model, int64_t capacity, GenerateOptions options,
+                     const GeneratePlan& plan, ThreadPool& pool, const JobControl& control)
+    : model_(model), capacity_(capacity), options_(std::move(options)) {
+  const auto start = std::chrono::steady_clock::now();
+  if (plan.resident) {
+    auto resident = std::make_unique<ResidentModel>(model, capacity, options_, pool, control);
+    resident_ = resident.get();
+    next_ = std::move(resident);
+  } else {
+    next_ = std::make_unique<StreamedModel>(model, capacity, options_, pool, control);
+  }
+  load_seconds_ = Seconds(start);
+}
 
-GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
-                        const GenerateOptions& options, const GeneratePlan& plan, ThreadPool& pool,
-                        const JobControl& control, const std::function<bool(int32_t)>& on_token) {
+Generator::~Generator() = default;
+
+// Prompt tokens after what the cache holds of them already; returns how many it held.
+int64_t Generator::ReadPrompt(std::span<const int32_t> prompt, std::span<float> logits) {
+  // The last token is always given again: its logits are wanted.
+  const auto most = std::min(prompt_.size(), prompt.size() - 1);
+  const auto shared = static_cast<size_t>(
+      std::mismatch(prompt_.begin(), prompt_.begin() + static_cast<std::ptrdiff_t>(most),
+                    prompt.begin())
+          .first -
+      prompt_.begin());
+  next_->Truncate(static_cast<int64_t>(shared));
+  prompt_.resize(shared);
+  for (size_t first = shared; first < prompt.size();) {
+    const size_t rows = std::min(static_cast<size_t>(kPromptChunk), prompt.size() - first);
+    next_->Append(prompt.subspan(first, rows), logits);
+    first += rows;
+  }
+  prompt_.assign(prompt.begin(), prompt.end());
+  return static_cast<int64_t>(shared);
+}
+
+GenerateResult Generator::Run(std::span<const int32_t> prompt,
+                              const std::function<bool(int32_t)>& on_token) {
   if (prompt.empty()) {
     throw UsageError("the prompt has no tokens",
                      "give some text: this model adds no BOS by itself");
   }
-  const ModelConfig& config = model.config();
-  const auto prompt_tokens = static_cast<int64_t>(prompt.size());
-  const int64_t capacity = prompt_tokens + options.max_new_tokens;
-  std::unique_ptr<NextLogits> next;
-  const ResidentModel* resident = nullptr;
-  auto start = std::chrono::steady_clock::now();
+  const ModelConfig& config = model_.config();
+  const int64_t room = capacity_ - static_cast<int64_t>(prompt.size());
+  if (room < 1) {
+    throw UsageError(
+        fmt::format("the prompt has {} tokens, the context is {}", prompt.size(), capacity_),
+        "give a larger --context, or start anew");
+  }
+  const int64_t most = std::min(options_.max_new_tokens, room);
   GenerateResult result;
-  if (plan.resident) {
-    auto made = std::make_unique<ResidentModel>(model, capacity, options, pool, control);
-    resident = made.get();
-    next = std::move(made);
-  } else {
-    next = std::make_unique<StreamedModel>(model, capacity, options, pool, control);
-  }
-  result.load_seconds = Seconds(start);
+  result.load_seconds = load_seconds_;
   std::vector<float> logits(static_cast<size_t>(config.vocab_size));
-  start = std::chrono::steady_clock::now();
-  for (int64_t first = 0; first < prompt_tokens; first += kPromptChunk) {
-    const int64_t rows = std::min(kPromptChunk, prompt_tokens - first);
-    next->Append(prompt.subspan(static_cast<size_t>(first), static_cast<size_t>(rows)), logits);
-  }
+  auto start = std::chrono::steady_clock::now();
+  result.cached_tokens = ReadPrompt(prompt, logits);
   result.prompt_seconds = Seconds(start);
   start = std::chrono::steady_clock::now();
-  uint64_t state = options.sampling.seed;
-  for (int64_t i = 0; i < options.max_new_tokens; ++i) {
+  uint64_t state = options_.sampling.seed;
+  for (int64_t i = 0; i < most; ++i) {
     size_t limit = logits.size();
-    if (options.vocabulary_limit > 0) {
-      limit = std::min(limit, static_cast<size_t>(options.vocabulary_limit));
+    if (options_.vocabulary_limit > 0) {
+      limit = std::min(limit, static_cast<size_t>(options_.vocabulary_limit));
     }
     const int32_t token =
-        SampleToken(std::span<const float>(logits).first(limit), options.sampling, state);
+        SampleToken(std::span<const float>(logits).first(limit), options_.sampling, state);
     if (!std::isfinite(logits[static_cast<size_t>(token)])) {
       throw ModelError("the model's scores are not finite",
                        "the weights hold NaN or Inf: see winnow doctor MODEL");
     }
     const bool eos = std::find(config.eos_token_ids.begin(), config.eos_token_ids.end(), token) !=
                      config.eos_token_ids.end();
-    if (eos && options.stop_at_eos) break;
+    if (eos && options_.stop_at_eos) break;
     result.tokens.push_back(token);
-    if (!on_token(token) || i + 1 == options.max_new_tokens) break;
-    next->Append(std::span(&token, 1), logits);
+    if (!on_token(token) || i + 1 == most) break;
+    next_->AppendNew(token, logits);
+    ++result.decoded_tokens;
   }
   result.decode_seconds = Seconds(start);
-  result.skipping = next->skipping();
-  if (resident != nullptr && result.tokens.size() > 1) {
-    result.bytes_per_token = resident->runner().mean_bytes_per_token();
-    result.experts_per_token = resident->runner().mean_experts_per_token();
+  result.skipping = next_->skipping();
+  if (resident_ != nullptr && result.decoded_tokens > 0) {
+    result.bytes_per_token = resident_->runner().mean_bytes_per_token();
+    result.experts_per_token = resident_->runner().mean_experts_per_token();
   }
   return result;
+}
+
+GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
+                        const GenerateOptions& options, const GeneratePlan& plan, ThreadPool& pool,
+                        const JobControl& control, const std::function<bool(int32_t)>& on_token) {
+  const int64_t capacity = static_cast<int64_t>(prompt.size()) + options.max_new_tokens;
+  return Generator(model, capacity, options, plan, pool, control).Run(prompt, on_token);
 }
 
 }  // namespace winnow

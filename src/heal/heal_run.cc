@@ -437,12 +437,12 @@ ScoredWindows JudgingSequences(const std::vector<SourceBlocks>& sources) {
 HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
                   const HealOptions& options, int num_threads) {
   HealPlan plan;
-  SplitSequences(sources, plan);
   const ModelConfig& config = model.config();
   if (config.has_packed_experts()) {
     throw UsageError("the model's experts are packed, and healing fits new weights to them",
                      "heal the original model, quantise last");
   }
+  SplitSequences(sources, plan);
   CheckTokenIds(plan.fit.ids, config);
   CheckTokenIds(plan.confirm.inputs.ids, config);
   const int64_t n = plan.fit.num_tokens(), h = config.hidden_size;

@@ -1,6 +1,9 @@
 #include "kernels/accumulate.h"
 
+#include <algorithm>
 #include <cmath>
+#include <span>
+#include <vector>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/accumulate.cc"
@@ -143,6 +146,18 @@ void AccumulateWeightedReference(double* plain, double* weighted, double* square
 
 void AccumulateMoments(const WeightMatrix& w, double* absolute, double* square) {
   const auto moments = HWY_DYNAMIC_DISPATCH(RowMomentsTarget);
+  if (!w.packed.empty()) {  // block by block as f32
+    std::vector<float> rows(static_cast<size_t>(kPackedRows * w.cols));
+    const auto row_bytes = w.cols * static_cast<int64_t>(sizeof(float));
+    for (int64_t first = 0; first < w.rows; first += kPackedRows) {
+      UnpackBlock(w.packed, w.cols, w.data + PackedBytes(w.packed, first, w.cols), rows.data());
+      for (int64_t r = 0; r < std::min(kPackedRows, w.rows - first); ++r) {
+        moments(std::as_bytes(std::span(rows)).data() + r * row_bytes, Dtype::kF32, w.cols,
+                absolute, square);
+      }
+    }
+    return;
+  }
   const auto row_bytes = static_cast<int64_t>(DtypeBits(w.dtype) / 8) * w.stride();
   for (int64_t r = 0; r < w.rows; ++r) {
     moments(w.data + r * row_bytes, w.dtype, w.cols, absolute, square);
@@ -152,7 +167,8 @@ void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double*
   for (int64_t r = 0; r < w.rows; ++r) {
     for (int64_t c = 0; c < w.cols; ++c) {
       const auto v = static_cast<double>(
-          LoadAsFloat(w.dtype, w.data, static_cast<size_t>(r * w.stride() + c)));
+          w.packed.empty() ? LoadAsFloat(w.dtype, w.data, static_cast<size_t>(r * w.stride() + c))
+                           : LoadPackedValue(w.packed, w.cols, r, c, w.data));
       *absolute += std::abs(v);
       *square += v * v;
     }

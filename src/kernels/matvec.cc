@@ -197,11 +197,12 @@ void VectorRows::Plain(const float* x, int64_t rows, int64_t k, int64_t ld) {
 
 void VectorRows::Packed(const float* x, int64_t rows, int64_t k, int64_t ld) {
   const int64_t chunks = (k + kPackedChunkColumns - 1) / kPackedChunkColumns * rows;
-  Grow(digits_, chunks * kDigitBytes);
   Grow(scales_, chunks);
   Grow(sums_, chunks);
-  byte_form_ = VnniSelected();
-  PackDigits(x, rows, k, ld, byte_form_, digits_.data(), scales_.data(), sums_.data());
+  vnni_ = VnniSelected();
+  const DigitForm form = vnni_ ? DigitForm::kBytes : DigitForm::kPairsAndBytes;
+  Grow(digits_, chunks * DigitBytes(form));
+  PackDigits(x, rows, k, ld, form, digits_.data(), scales_.data(), sums_.data());
   packed_rows_ = rows;
   packed_k_ = k;
 }
@@ -244,7 +245,7 @@ void MatVec(std::span<const MatVecJob> jobs, ThreadPool& pool) {
                                  .ld_y = job.ld_y,
                                  .first_block = task.first,
                                  .end_block = task.end};
-      return x.byte_form_ ? RunPackedDotVnni(dot) : RunPackedDotPairs(dot);
+      return x.vnni_ ? RunPackedDotVnni(dot) : RunPackedDotPairs(dot);
     }
     const int64_t group = GroupRows(*job.w);
     HWY_DYNAMIC_DISPATCH(MatVecRange)

@@ -36,7 +36,7 @@ class VectorRows {
  private:
   friend void MatVec(std::span<const struct MatVecJob> jobs, ThreadPool& pool);
   int64_t plain_rows_ = 0, packed_rows_ = 0, plain_k_ = 0, packed_k_ = 0;
-  bool byte_form_ = false;            // of digits_
+  bool vnni_ = false;                 // digits_ are bytes alone
   AlignedBuffer<float> interleaved_;  // as matvec.cc has it
   AlignedBuffer<std::byte> digits_;   // as packed_dot.h has it
   AlignedBuffer<float> scales_;       // [chunks, rows]

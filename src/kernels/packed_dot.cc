@@ -17,6 +17,8 @@ namespace winnow {
 namespace HWY_NAMESPACE {
 
 inline constexpr auto kChunk = static_cast<size_t>(kPackedChunkColumns);
+inline constexpr int64_t kStride = DigitBytes(DigitForm::kPairsAndBytes);
+inline constexpr int64_t kBytesAt = 64;  // after the pairs
 
 // Where a block of W keeps what; `cols` and the format are the same for all blocks.
 struct BlockLayout {
@@ -59,7 +61,7 @@ void PackedDot(const PackedDotTask& task) {
           // Pairs (0, 2), (1, 3) of four.
           const int64_t place = c / 4 * 4 + (c % 4 == 1 ? 2 : c % 4 == 2 ? 1 : c % 4);
           int16_t q = 0;
-          std::memcpy(&q, task.digits + at * kDigitBytes + 2 * place, 2);
+          std::memcpy(&q, task.digits + at * kStride + 2 * place, 2);
           sum += level * q;
         }
         const int64_t half = chunk / layout.chunks_per_group * kPackedRows + row % kPackedRows;
@@ -95,7 +97,7 @@ HWY_INLINE void AddVectors(const std::byte* chunk, const std::byte* digits,
   const auto odd = hn::BitCast(d16, hn::And(hn::ShiftRight<8>(codes), low_bytes));
   HWY_UNROLL(4)
   for (size_t r = 0; r < kXRows; ++r) {
-    const auto* pairs = As<uint32_t>(digits + r * kDigitBytes + 8 * kV);
+    const auto* pairs = As<uint32_t>(digits + r * kStride + 8 * kV);
     VI unused = hn::Zero(DI());
     sums[r] = hn::ReorderWidenMulAccumulate(DI(), even, hn::BitCast(d16, hn::Set(d, pairs[0])),
                                             sums[r], unused);
@@ -103,6 +105,61 @@ HWY_INLINE void AddVectors(const std::byte* chunk, const std::byte* digits,
                                             sums[r], unused);
   }
   if constexpr (kV < 7) AddVectors<kBits, kLog, kXRows, kV + 1>(chunk, digits, levels, sums);
+}
+
+// Bytes without sign times bytes with sign, neighbours added to 16 bits with saturation.
+template <class V8, class V16 = hn::Vec<hn::Repartition<int16_t, DF> > >
+HWY_INLINE V16 MulBytes(V8 codes, V8 digits) {
+#if HWY_TARGET <= HWY_AVX3
+  return V16{_mm512_maddubs_epi16(codes.raw, digits.raw)};
+#else
+  return V16{_mm256_maddubs_epi16(codes.raw, digits.raw)};
+#endif
+}
+
+// The same for codes below 16, whose products with a digit stay in 16 bits over a whole chunk:
+// 8 vectors of two products of at most 15 * 128 are 30,720.
+template <int kBits, size_t kXRows, int kV = 0>
+HWY_INLINE void AddSmallCodes(const std::byte* chunk, const std::byte* digits,
+                              hn::Vec<hn::Repartition<int16_t, DF> > (&high)[kXRows],
+                              hn::Vec<hn::Repartition<int16_t, DF> > (&low)[kXRows]) {
+  const DU d;
+  const hn::Repartition<uint8_t, DF> d8;
+  const auto codes = hn::BitCast(d8, Codes<kBits, kV>(chunk));
+  HWY_UNROLL(4)
+  for (size_t r = 0; r < kXRows; ++r) {
+    const std::byte* bytes = digits + r * kStride + kBytesAt + 4 * kV;
+    const auto high_digits = hn::BitCast(d8, hn::Set(d, *As<uint32_t>(bytes)));
+    const auto low_digits = hn::BitCast(d8, hn::Set(d, *As<uint32_t>(bytes + 32)));
+    high[r] = hn::Add(high[r], MulBytes(codes, high_digits));
+    low[r] = hn::Add(low[r], MulBytes(codes, low_digits));
+  }
+  if constexpr (kV < 7) AddSmallCodes<kBits, kXRows, kV + 1>(chunk, digits, high, low);
+}
+
+// sums [kXRows] of a chunk: codes, or levels + 128, times q.
+template <int kBits, bool kLog, size_t kXRows>
+HWY_INLINE void SumChunk(const std::byte* chunk, const std::byte* digits,
+                         hn::Vec<hn::Repartition<uint8_t, DF> > levels, VI (&sums)[kXRows]) {
+  const DI d;
+  if constexpr (kBits <= 4 && !kLog) {
+    const hn::Repartition<int16_t, DF> d16;
+    hn::Vec<decltype(d16)> high[kXRows], low[kXRows];
+    HWY_UNROLL(4)
+    for (size_t r = 0; r < kXRows; ++r) high[r] = low[r] = hn::Zero(d16);
+    AddSmallCodes<kBits, kXRows>(chunk, digits, high, low);
+    const auto ones = hn::Set(d16, 1);
+    HWY_UNROLL(4)
+    for (size_t r = 0; r < kXRows; ++r) {
+      VI unused = hn::Zero(d);
+      const VI top = hn::ReorderWidenMulAccumulate(d, high[r], ones, hn::Zero(d), unused);
+      sums[r] = hn::ReorderWidenMulAccumulate(d, low[r], ones, hn::ShiftLeft<8>(top), unused);
+    }
+  } else {
+    HWY_UNROLL(4)
+    for (VI& sum : sums) sum = hn::Zero(d);
+    AddVectors<kBits, kLog, kXRows>(chunk, digits, levels, sums);
+  }
 }
 
 // kLanes rows of a block, from its row `lane`, against kXRows rows of X from `first`.
@@ -118,13 +175,10 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, i
   for (int64_t c = 0; c < layout.chunks; ++c, chunk += 64 * kBits) {
     const int64_t at = c * task.rows + first;
     VI sums[kXRows];
-    HWY_UNROLL(4)
-    for (VI& sum : sums) sum = hn::Zero(di);
-    __builtin_prefetch(chunk + 1024);
-    if constexpr (kBits > 1) __builtin_prefetch(chunk + 1088);
-    if constexpr (kBits > 2) __builtin_prefetch(chunk + 1152);
-    if constexpr (kBits > 3) __builtin_prefetch(chunk + 1216);
-    AddVectors<kBits, kLog, kXRows>(chunk, task.digits + at * kDigitBytes, levels, sums);
+    // Blocks follow each other: at the end of this one the next one's bytes are ahead.
+    HWY_UNROLL(8)
+    for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
+    SumChunk<kBits, kLog, kXRows>(chunk, task.digits + at * kStride, levels, sums);
     const std::byte* halves =
         block + (c / layout.chunks_per_group * kPackedRows + lane) * int64_t{sizeof(uint16_t)};
     VF scale = LoadHalves(halves);
@@ -255,7 +309,7 @@ HWY_INLINE void StoreBytes(const int32_t (&q)[kChunk], std::byte* to) {
   std::memcpy(to, bytes, sizeof(bytes));
 }
 
-void DigitsOfRows(const float* x, int64_t rows, int64_t k, int64_t ld, bool byte_form,
+void DigitsOfRows(const float* x, int64_t rows, int64_t k, int64_t ld, DigitForm form,
                   std::byte* digits, float* scales, int32_t* sums) {
   const int64_t chunks = (k + kPackedChunkColumns - 1) / kPackedChunkColumns;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -265,8 +319,12 @@ void DigitsOfRows(const float* x, int64_t rows, int64_t k, int64_t ld, bool byte
       int32_t q[kChunk];
       Quantise(x + i * ld + col, static_cast<size_t>(std::min(kPackedChunkColumns, k - col)), q,
                scales[at], sums[at]);
-      byte_form ? StoreBytes(q, digits + at * kDigitBytes)
-                : StorePairs(q, digits + at * kDigitBytes);
+      std::byte* to = digits + at * DigitBytes(form);
+      if (form == DigitForm::kPairsAndBytes) {
+        StorePairs(q, to);
+        to += kBytesAt;
+      }
+      StoreBytes(q, to);
     }
   }
 }
@@ -285,9 +343,9 @@ bool VnniSelected() {
   return ActiveIsa().starts_with("avx512") && CpuHasVnni();
 }
 
-void PackDigits(const float* x, int64_t rows, int64_t k, int64_t ld, bool byte_form,
+void PackDigits(const float* x, int64_t rows, int64_t k, int64_t ld, DigitForm form,
                 std::byte* digits, float* scales, int32_t* sums) {
-  HWY_DYNAMIC_DISPATCH(DigitsOfRows)(x, rows, k, ld, byte_form, digits, scales, sums);
+  HWY_DYNAMIC_DISPATCH(DigitsOfRows)(x, rows, k, ld, form, digits, scales, sums);
 }
 
 void RunPackedDotPairs(const PackedDotTask& task) {

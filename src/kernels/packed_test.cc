@@ -1,6 +1,7 @@
 // Products with packed weights: against the values the format's reference gives.
 #include <cmath>
 
+#include "kernels/accumulate.h"
 #include "kernels/bf16_tile.h"
 #include "kernels/matmul.h"
 #include "kernels/matvec.h"
@@ -64,8 +65,9 @@ class PackedTest : public EveryIsa {};
 TEST_P(PackedTest, FewRowsGiveTheReferencesSums) {
   ThreadPool pool(2);
   for (const std::string& format : kFormats) {
-    for (const auto& [rows, n, k] :
+    for (const auto& [num_rows, num_out, num_in] :
          {std::array<int64_t, 3>{1, 33, 64}, {3, 16, 100}, {15, 50, 257}}) {
+      const int64_t rows = num_rows, n = num_out, k = num_in;
       const PackedWeight w(format, n, k, 3);
       const std::vector<float> x = Normals(rows * k, 4);
       std::vector<float> y(static_cast<size_t>(rows * n));
@@ -107,8 +109,10 @@ TEST_P(PackedTest, ARowDoesNotDependOnTheOthers) {
 TEST_P(PackedTest, ManyRowsGiveTheBitsOfTheWidenedWeight) {
   ThreadPool pool(2);
   for (const std::string& format : kFormats) {
-    for (const auto& [rows, n, k] :
+    for (const auto& [num_rows, num_out, num_in] :
          {std::array<int64_t, 3>{5, 33, 64}, {30, 48, 300}, {13, 7, 520}}) {
+      // Lambdas may not capture parts of a structured binding.
+      const int64_t rows = num_rows, n = num_out, k = num_in;
       const PackedWeight w(format, n, k, 7);
       std::vector<float> values;
       for (int64_t j = 0; j < n; ++j) {
@@ -161,6 +165,16 @@ TEST_P(PackedTest, JobsShareACall) {
   EXPECT_TRUE(SameBits(b, b_alone));
 }
 
+// Sums of a packed weight are those of its values.
+TEST_P(PackedTest, MomentsAreThoseOfTheValues) {
+  const PackedWeight w(GetParam(), 21, 75, 3);
+  double absolute = 0, square = 0, want_absolute = 0, want_square = 0;
+  AccumulateMoments(w.view(), &absolute, &square);
+  AccumulateMomentsReference(w.view(), &want_absolute, &want_square);
+  EXPECT_NEAR(absolute, want_absolute, 1e-12 * want_absolute);  // sums in another order
+  EXPECT_NEAR(square, want_square, 1e-12 * want_square);
+}
+
 TEST_P(PackedTest, NanStaysInItsRow) {
   ThreadPool pool(1);
   const PackedWeight w("4bit", 16, 64, 1);
@@ -202,13 +216,14 @@ TEST(PackedDot, VnniAndPairsAgreeBitForBit) {
     const PackedWeight w(format, n, k, 1);
     const std::vector<float> x = Normals(rows * k, 3);
     std::vector<float> results[2];
-    for (const bool byte_form : {false, true}) {
-      std::vector<std::byte> digits(static_cast<size_t>(chunks * kDigitBytes));
+    for (const DigitForm form : {DigitForm::kBytes, DigitForm::kPairsAndBytes}) {
+      const bool vnni = form == DigitForm::kBytes;
+      std::vector<std::byte> digits(static_cast<size_t>(chunks * DigitBytes(form)));
       std::vector<float> scales(static_cast<size_t>(chunks));
       std::vector<int32_t> sums(static_cast<size_t>(chunks));
-      std::vector<float>& y = results[byte_form ? 1 : 0];
+      std::vector<float>& y = results[vnni ? 1 : 0];
       y.resize(static_cast<size_t>(rows * n));
-      PackDigits(x.data(), rows, k, k, byte_form, digits.data(), scales.data(), sums.data());
+      PackDigits(x.data(), rows, k, k, form, digits.data(), scales.data(), sums.data());
       const PackedDotTask task = {.digits = digits.data(),
                                   .scales = scales.data(),
                                   .sums = sums.data(),
@@ -218,7 +233,7 @@ TEST(PackedDot, VnniAndPairsAgreeBitForBit) {
                                   .ld_y = n,
                                   .first_block = 0,
                                   .end_block = 4};
-      byte_form ? RunPackedDotVnni(task) : RunPackedDotPairs(task);
+      vnni ? RunPackedDotVnni(task) : RunPackedDotPairs(task);
     }
     EXPECT_TRUE(SameBits(results[0], results[1])) << format;
   }

@@ -20,6 +20,8 @@
 namespace winnow {
 namespace {
 
+constexpr int64_t kStride = DigitBytes(DigitForm::kBytes);
+
 // Through void, because clang warns that a byte pointer may be less aligned.
 WINNOW_VNNI_INLINE __m512i Load64(const std::byte* from) {
   return _mm512_loadu_si512(static_cast<const void*>(from));
@@ -58,7 +60,7 @@ WINNOW_VNNI_INLINE void AddVectors(const std::byte* chunk, const std::byte* digi
   if constexpr (kLog) codes = _mm512_shuffle_epi8(levels, codes);
 #pragma GCC unroll 8
   for (int r = 0; r < kXRows; ++r) {
-    const std::byte* row = digits + r * kDigitBytes + 4 * kV;
+    const std::byte* row = digits + r * kStride + 4 * kV;
     high[r] = _mm512_dpbusd_epi32(high[r], codes, Broadcast(row));
     low[r] = _mm512_dpbusd_epi32(low[r], codes, Broadcast(row + 32));
   }
@@ -90,8 +92,8 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout
     for (int r = 0; r < kXRows; ++r) high[r] = low[r] = _mm512_setzero_si512();
       // The blocks follow each other: ahead is the next block's memory at the end of this one.
 #pragma GCC unroll 8
-    for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + 2048 + 64 * i);
-    AddVectors<kBits, kLog, kXRows>(chunk, task.digits + at * kDigitBytes, levels, high, low);
+    for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
+    AddVectors<kBits, kLog, kXRows>(chunk, task.digits + at * kStride, levels, high, low);
     const std::byte* halves = bytes + c / layout.chunks_per_group * kPackedRows * 2;
     __m512 scale = LoadHalves(halves);
     if constexpr (kLog) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 64));

@@ -10,9 +10,9 @@
 
 namespace winnow {
 
-// A packed expert is one tensor, gate, up and down one after the other and zeros up to a multiple of
-// kPackedAlignment; or of kExtentAlignment, so that it can be read past the page cache, in models
-// that have an expert of kLargeExtentBytes.
+// A packed expert is one tensor, gate, up and down one after the other and zeros up to a multiple
+// of kPackedAlignment; or of kExtentAlignment, so that it can be read past the page cache, in
+// models that have an expert of kLargeExtentBytes.
 inline constexpr uint64_t kExtentAlignment = 4096;
 inline constexpr uint64_t kLargeExtentBytes = uint64_t{256} << 10;
 

@@ -109,8 +109,8 @@ class ModelResolver {
     const auto padded = [&](uint64_t alignment) {
       return CheckedAdd(bytes, alignment - 1, name) / alignment * alignment;
     };
-    const TensorInfo& tensor = Packed(name, padded(kPackedAlignment), padded(kExtentAlignment),
-                                      PackedFormatName(format));
+    const TensorInfo& tensor =
+        Packed(name, padded(kPackedAlignment), padded(kExtentAlignment), PackedFormatName(format));
     packed_weights_[&tensor] = 3 * Elements(width, hidden);
     return {.gate = {&tensor, 0, width, hidden, format},
             .up = {&tensor, inner, width, hidden, format},
@@ -123,9 +123,9 @@ class ModelResolver {
 
   const TensorInfo& Packed(const std::string& name, uint64_t bytes, uint64_t or_bytes,
                            const std::string& format) {
-    const std::string expected =
-        bytes == or_bytes ? fmt::format("U8 [{}]", bytes)
-                          : fmt::format("U8 [{}] (or [{}])", bytes, or_bytes);
+    const std::string expected = bytes == or_bytes
+                                     ? fmt::format("U8 [{}]", bytes)
+                                     : fmt::format("U8 [{}] (or [{}])", bytes, or_bytes);
     const TensorInfo* tensor = checkpoint_.Find(name);
     if (tensor == nullptr) {
       throw ModelError(fmt::format("{}: tensor {} is missing, expected {} ({})",
@@ -184,8 +184,8 @@ class ModelResolver {
       model_.lm_head_ = model_.embedding_;
       return;
     }
-    model_.lm_head_ = Matrix("lm_head.weight", config_.vocab_size, config_.hidden_size,
-                             config_.lm_head_format);
+    model_.lm_head_ =
+        Matrix("lm_head.weight", config_.vocab_size, config_.hidden_size, config_.lm_head_format);
     if (config_.tie_word_embeddings) model_.lm_head_ = model_.embedding_;  // stored copy is ignored
   }
 
@@ -263,9 +263,8 @@ class ModelResolver {
     const auto layer_id = static_cast<int32_t>(index);
     const std::string fused_name = prefix + std::string(names.fused_gate_up);
     const bool fused = checkpoint_.Find(fused_name) != nullptr;
-    const bool per_expert =
-        !layer.formats.experts.empty() ||
-        checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
+    const bool per_expert = !layer.formats.experts.empty() ||
+                            checkpoint_.Find(prefix + ExpertName(names.expert_gate, 0)) != nullptr;
     if (fused && per_expert) {
       throw ModelError(fmt::format("{}: layer {} has both fused and per-expert tensors",
                                    checkpoint_.folder().string(), index),

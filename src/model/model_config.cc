@@ -375,6 +375,7 @@ std::vector<int32_t> ModelConfig::MoeLayers() const {
 
 bool ModelConfig::has_packed_experts() const {
   return std::any_of(layers.begin(), layers.end(), [](const LayerConfig& layer) {
+    if (!layer.formats.shared.empty()) return true;
     return std::any_of(layer.formats.experts.begin(), layer.formats.experts.end(),
                        [](const PackedFormat& format) { return !format.empty(); });
   });
@@ -384,7 +385,7 @@ bool ModelConfig::is_packed() const {
   return !lm_head_format.empty() || has_packed_experts() ||
          std::any_of(layers.begin(), layers.end(), [](const LayerConfig& layer) {
            const LayerFormats& f = layer.formats;
-           return !f.attention.empty() || !f.shared.empty() || !f.dense.empty();
+           return !f.attention.empty() || !f.dense.empty();
          });
 }
 

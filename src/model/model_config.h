@@ -70,7 +70,7 @@ struct ModelConfig {
   PackedFormat lm_head_format;  // empty: as stored
 
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
-  // Whether any matrix, or any expert's, is packed.
+  // Whether any matrix is packed; whether an expert's is, the shared one's included.
   bool is_packed() const;
   bool has_packed_experts() const;
   int64_t query_width() const { return num_heads * head_dim; }

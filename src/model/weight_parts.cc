@@ -14,8 +14,8 @@ class PartTable {
   void Add(const std::string& part, const TensorSlice& slice, PackedFormat format) {
     if (!slice.exists()) return;
     if (format.empty()) format = slice.packed;
-    const std::string name = format.empty() ? std::string(DtypeName(slice.tensor->dtype))
-                                            : PackedFormatName(format);
+    const std::string name =
+        format.empty() ? std::string(DtypeName(slice.tensor->dtype)) : PackedFormatName(format);
     auto it = std::find_if(parts_.begin(), parts_.end(), [&](const WeightPart& each) {
       return each.part == part && each.format == name;
     });
@@ -33,9 +33,8 @@ class PartTable {
     const auto rank = [](const WeightPart& part) {
       return std::find(kParts.begin(), kParts.end(), part.part) - kParts.begin();
     };
-    std::stable_sort(
-        parts_.begin(), parts_.end(),
-        [&](const WeightPart& a, const WeightPart& b) { return rank(a) < rank(b); });
+    std::stable_sort(parts_.begin(), parts_.end(),
+                     [&](const WeightPart& a, const WeightPart& b) { return rank(a) < rank(b); });
     return std::move(parts_);
   }
 

@@ -165,22 +165,31 @@ QuantizeEstimate EstimateQuantize(const Model& model, const QuantizePlan& plan) 
     piece = std::max(piece, count * sizeof(float));
     stored_piece = std::max(stored_piece, count * (DtypeBits(slice.tensor->dtype) / 8));
     packed_piece = std::max(packed_piece, PackedBytes(format, rows, slice.cols));
-    expert = std::max(expert, 3 * PackedBytes(format, slice.rows, slice.cols));
     estimate.weights += Weights(slice);
     estimate.bytes_to_read += slice.bytes();
   });
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    const std::vector<FeedForwardSlices>& experts = model.layers()[l].experts;
+    for (size_t e = 0; e < experts.size(); ++e) {
+      const PackedFormat format = plan.layers[l].Expert(e);
+      if (format.empty()) continue;
+      uint64_t bytes = 0;
+      for (const TensorSlice* slice : {&experts[e].gate, &experts[e].up, &experts[e].down}) {
+        bytes += PackedBytes(format, slice->rows, slice->cols);
+      }
+      expert = std::max(expert, bytes);
+    }
+  }
   if (estimate.weights == 0) {
     throw UsageError("there is nothing to quantise: no matrix of the model gets a packed format",
                      "give --experts FORMAT, --rest FORMAT, or both");
-  }
-  if (model.config().has_packed_experts() || !model.config().MoeLayers().empty()) {
-    estimate.memory.Add("an expert, packed", expert);
   }
   estimate.memory.Add("program", kProgramBytes);
   estimate.memory.Add("names and places of tensors", model.checkpoint().tensors().size() * 2048);
   estimate.memory.Add("rows as stored", stored_piece);
   estimate.memory.Add("rows in f32", piece);
   estimate.memory.Add("rows packed", packed_piece);
+  if (expert > 0) estimate.memory.Add("an expert, packed", expert);
   estimate.bytes_before = model.checkpoint().total_bytes();
   estimate.bytes_after = QuantizedBytes(model, plan);
   return estimate;

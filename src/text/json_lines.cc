@@ -13,7 +13,8 @@ constexpr size_t kMaxJsonLineBytes = size_t{64} << 20;
 }  // namespace
 
 void ReadJsonObjects(const fs::path& path,
-                     const std::function<bool(const std::string& where, Json object)>& on_object) {
+                     const std::function<bool(const std::string& where, Json object,
+                                              std::string_view text)>& on_object) {
   LineReader lines(path);
   std::string line;
   for (uint64_t number = 1;; ++number) {
@@ -34,7 +35,7 @@ void ReadJsonObjects(const fs::path& path,
       throw ModelError(fmt::format("{}: expected an object, got {}", where, object.type_name()),
                        "a .jsonl file has one object a line");
     }
-    if (!on_object(where, std::move(object))) return;
+    if (!on_object(where, std::move(object), text)) return;
   }
 }
 

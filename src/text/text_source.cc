@@ -100,20 +100,29 @@ void ReadText(const fs::path& path, const std::function<bool(Document)>& on_docu
                             : "name the key that holds the text");
 }
 
-// Whether the line is an answer to a prompt. Not if another key than the usual one was asked for.
-bool IsPrompted(const Json& line, const std::string& field) {
-  return field == "text" && !line.contains(field) && line.contains("prompt") &&
-         line["prompt"].is_string() && line.contains("completion") &&
+// Whether the line is an answer to a prompt.
+bool IsPrompted(const Json& line) {
+  return line.contains("prompt") && line["prompt"].is_string() && line.contains("completion") &&
          line["completion"].is_string();
+}
+
+bool IsConversation(const Json& line) {
+  return line.contains("messages") && line["messages"].is_array();
 }
 
 void ReadJsonLines(const fs::path& path, const std::string& field, bool prompted,
                    const std::function<bool(Document)>& on_document) {
-  ReadJsonObjects(path, [&](const std::string& where, Json object) {
-    if (prompted && IsPrompted(object, field)) {
+  ReadJsonObjects(path, [&](const std::string& where, Json object, std::string_view text) {
+    // Not if another key than the usual one was asked for.
+    const bool may_count_in_part = prompted && field == "text" && !object.contains(field);
+    if (may_count_in_part && IsPrompted(object)) {
       const auto prompt = object["prompt"].get<std::string>();
       const auto completion = object["completion"].get<std::string>();
       return completion.empty() || on_document({prompt + completion, prompt.size()});
+    }
+    if (may_count_in_part && IsConversation(object)) {
+      // The line as it is: templates see the order of keys.
+      return on_document({.text = std::string(text), .is_conversation = true, .where = where});
     }
     const auto found = object.find(field);
     if (found == object.end()) ThrowMissingField(where, field, object);
@@ -186,6 +195,23 @@ void ReadDocuments(const TextSource& source, const std::string& field,
 void ReadPromptedDocuments(const TextSource& source, const std::string& field,
                            const std::function<bool(Document document)>& on_document) {
   Read(source, field, true, on_document);
+}
+
+CountedIds EncodeDocument(const Document& document, const EncodeFunction& encode,
+                          const ConversationEncoder& conversation) {
+  if (document.is_conversation) {
+    if (conversation) return conversation(document.text, document.where);
+    throw UsageError(document.where + ": conversations (`messages`) cannot be used here",
+                     "give text, or `prompt` and `completion`");
+  }
+  if (document.prompt_bytes == 0) return {encode(document.text, true)};
+  const std::string_view text = document.text;
+  CountedIds result{encode(text.substr(0, document.prompt_bytes), true)};
+  result.weights.assign(result.ids.size(), 0.0f);
+  const std::vector<int32_t> answer = encode(text.substr(document.prompt_bytes), false);
+  result.ids.insert(result.ids.end(), answer.begin(), answer.end());
+  result.weights.resize(result.ids.size(), 1.0f);
+  return result;
 }
 
 }  // namespace winnow
