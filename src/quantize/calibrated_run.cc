@@ -59,7 +59,7 @@ class Calibrator {
       stream_->Store(tile.first_token, tile.num_tokens);
       sweep_.Advance(layer_, tile.num_tokens);
     }
-    tokens_.Route(weights);
+    tokens_.Route(layer_, weights, sweep_);
     RoundExperts(weights, formats, rounded);
     if (!formats.shared.empty() && !weights.shared.gate.empty()) {
       RoundWhole(weights.shared, formats.shared, weights.post_attention_norm,
@@ -101,7 +101,7 @@ class Calibrator {
   void RoundAttention(const LayerWeights& weights, const PackedFormat& format,
                       LayerWeights& rounded) {
     const int64_t h = model_.config().hidden_size, width = model_.config().query_width();
-    tokens_.WeighAll();
+    tokens_.WeighByStream();
     InputMoments normed(h);
     tokens_.ForNormedRows(tokens_.all(), weights.input_norm,
                           [&](const float* x, const float* weight, int64_t n) {
@@ -228,7 +228,6 @@ class Calibrator {
   void RoundHead() {
     const int64_t h = model_.config().hidden_size;
     const std::vector<float> norm = LoadVector(model_, model_.final_norm());
-    tokens_.WeighAll();
     InputMoments normed(h);
     // After the final norm an error counts by itself: logits are not normed again.
     WeightedTokens all = tokens_.all();

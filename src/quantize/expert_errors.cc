@@ -98,7 +98,7 @@ class ErrorMeter {
   LayerErrors MeasureLayer(int64_t layer, const LayerWeights& weights) {
     LayerErrors result;
     result.layer = static_cast<int32_t>(layer);
-    tokens_.Route(weights);
+    tokens_.Route(layer, weights, sweep_);
     for (int64_t e = 0; e < weights.num_experts(); ++e) {
       result.error.push_back(MeasureExpert(weights.experts[static_cast<size_t>(e)],
                                            Sample(tokens_, e), weights.post_attention_norm,

@@ -8,6 +8,36 @@
 #include "quantize/input_moments.h"
 
 namespace winnow {
+namespace {
+
+// h / |x + y|^2, y null or of the same length: near 1 for a stream of unit squares.
+float InverseSquare(const float* x, const float* y, int64_t h) {
+  double norm = 0;
+  for (int64_t i = 0; i < h; ++i) {
+    const double value =
+        static_cast<double>(x[i]) + (y != nullptr ? static_cast<double>(y[i]) : 0.0);
+    norm += value * value;
+  }
+  return norm > 0 ? static_cast<float>(static_cast<double>(h) / norm) : 0.0f;
+}
+
+// What tokens count by the stream after the layer.
+class OutputWeights : public MoeObserver {
+ public:
+  explicit OutputWeights(std::vector<float>& weights) : weights_(weights) {}
+  bool WantsExpertRows() const override { return true; }  // layers without a router too
+  void OnTokens(const MoeTokens& m) override {
+    for (int64_t t = 0; t < m.num_tokens; ++t) {
+      weights_[static_cast<size_t>(m.first_token + t)] =
+          InverseSquare(m.residual + t * m.hidden, m.output + t * m.hidden, m.hidden);
+    }
+  }
+
+ private:
+  std::vector<float>& weights_;
+};
+
+}  // namespace
 
 LayerTokens::LayerTokens(const ModelConfig& config, HiddenStates& stream,
                          const std::vector<SequenceTile>& tiles, ThreadPool& pool)
@@ -18,32 +48,31 @@ LayerTokens::LayerTokens(const ModelConfig& config, HiddenStates& stream,
   for (size_t i = 0; i < count; ++i) all_.tokens[i] = static_cast<int32_t>(i);
 }
 
-void LayerTokens::WeighAll() {
+void LayerTokens::WeighByStream() {
   const int64_t h = config_.hidden_size;
   for (const SequenceTile& tile : tiles_) {
     const float* hidden = stream_.Load(tile.first_token, tile.num_tokens);
     for (int64_t t = 0; t < tile.num_tokens; ++t) {
-      double norm = 0;
-      for (int64_t i = 0; i < h; ++i) {
-        const auto value = static_cast<double>(hidden[t * h + i]);
-        norm += value * value;
-      }
       all_.weights[static_cast<size_t>(tile.first_token + t)] =
-          norm > 0 ? static_cast<float>(static_cast<double>(h) / norm) : 0.0f;
+          InverseSquare(hidden + t * h, nullptr, h);
     }
   }
 }
 
-void LayerTokens::Route(const LayerWeights& weights) {
-  WeighAll();
+void LayerTokens::Route(int64_t layer, const LayerWeights& weights, LayerSweep& sweep) {
+  OutputWeights after(all_.weights);
   experts_.assign(weights.experts.size(), {});
-  if (weights.router.empty()) {
-    for (WeightedTokens& expert : experts_) expert = all_;
-    return;
-  }
   for (const SequenceTile& tile : tiles_) {
-    RouteTile(weights, tile, stream_.Load(tile.first_token, tile.num_tokens));
+    float* hidden = stream_.Load(tile.first_token, tile.num_tokens);
+    sweep.RunFeedForward(weights,
+                         {.layer = layer,
+                          .first_token = tile.first_token,
+                          .observer = &after,
+                          .add_to_residual = false},
+                         tile.num_tokens, hidden);
+    if (!weights.router.empty()) RouteTile(weights, tile, hidden);
   }
+  if (weights.router.empty()) std::fill(experts_.begin(), experts_.end(), all_);
 }
 
 void LayerTokens::RouteTile(const LayerWeights& weights, const SequenceTile& tile,

@@ -10,7 +10,7 @@
 
 #include "base/thread_pool.h"       // ThreadPool
 #include "forward/hidden_states.h"  // HiddenStates
-#include "forward/token_set.h"      // SequenceTile
+#include "forward/layer_sweep.h"    // LayerSweep, SequenceTile
 #include "kernels/matmul.h"         // PackedRows
 #include "model/model_config.h"     // ModelConfig
 #include "weights/layer_weights.h"  // LayerWeights
@@ -31,10 +31,12 @@ class LayerTokens {
 
   // Every token counts 1 / |h|^2, h its row of the stream as it is now: what an error of the same
   // size does to what follows (norms divide by it).
-  void WeighAll();
-  // Also routes: an expert's tokens count (routing weight)^2 / |h|^2, the share of its squared
-  // error that reaches the stream. Layers without a router show every token to every expert.
-  void Route(const LayerWeights& weights);
+  void WeighByStream();
+  // Likewise with h' = h + the output of the layer's feed-forward block, run by `sweep`; then
+  // routes: an expert's tokens count (routing weight)^2 / |h'|^2, the share of its squared error
+  // that reaches the stream. The first layers write much more than they find there, so |h| would
+  // not do. Layers without a router show every token to every expert.
+  void Route(int64_t layer, const LayerWeights& weights, LayerSweep& sweep);
 
   const WeightedTokens& all() const { return all_; }
   const WeightedTokens& expert(int64_t e) const { return experts_[static_cast<size_t>(e)]; }
