@@ -28,8 +28,8 @@ struct ServedModel {
   std::string name;
   int64_t created = 0;  // Unix seconds
   int64_t slots = 0;
-  std::vector<int32_t> moe_layers;   // decoder indices
-  std::vector<int64_t> num_experts;  // of those
+  std::vector<int32_t> moe_layers = {};   // decoder indices
+  std::vector<int64_t> num_experts = {};  // of those
   int64_t experts_per_token = 0;
   ChatRenderer render_chat = {};       // empty: the model has no chat template
   double default_timeout_seconds = 0;  // 0: none

@@ -279,9 +279,8 @@ void Server::State::Guard(Response& response, const std::function<void()>& work)
 
 void Server::State::AnswerWhole(const Request& request, Response& response, ApiService::Job& job) {
   while (!job.generation->finished()) {
-    if (const auto event = job.generation->Next(kPatience)) {
-      job.answer.Add(*event);
-    } else if (!request.progress(0, 0)) {
+    if (const auto event = job.generation->Next(kPatience)) job.answer.Add(*event);
+    if (!request.progress(0, 0)) {
       job.generation->Cancel();
       throw ApiError(503, "cancelled", "the client went away");
     }

@@ -16,9 +16,9 @@ namespace winnow {
 
 struct ServerOptions {
   std::string host = "127.0.0.1";
-  int port = 8080;          // 0: any that is free
-  std::string api_key;      // empty: none is asked for
-  std::string cors_origin;  // empty: no other site's page may call; "*": any
+  int port = 8080;               // 0: any that is free
+  std::string api_key = {};      // empty: none is asked for
+  std::string cors_origin = {};  // empty: no other site's page may call; "*": any
   size_t max_body_bytes = size_t{16} << 20;
   int max_connections = 128;  // each holds a thread; those beyond are told 503
   // Bounds of slow clients, see ConnectionLimits.
