@@ -23,6 +23,7 @@
 #include "base/error.h"
 #include "kernels/elementwise.h"
 #include "kernels/matmul.h"
+#include "kernels/matvec.h"
 #include "kernels/targets.h"
 #include "machine_peak.h"
 #include "onednn_matmul.h"
@@ -198,6 +199,55 @@ void BenchMatVec(const char* name, int64_t rows, int64_t n, int64_t k, const Opt
   std::fflush(stdout);
 }
 
+// Packed weights of random codes, scales 1: bytes of W a second beside reading them.
+void BenchPacked(const char* format_name, int64_t rows, int64_t n, int64_t k,
+                 const Options& options, ThreadPool& pool) {
+  const std::string name = "packed " + std::string(format_name) + " x" + std::to_string(rows);
+  if (!options.only.empty() && name.find(options.only) == std::string::npos) return;
+  const PackedFormat format = *PackedFormatFromName(format_name);
+  const AlignedBuffer<float> x = RandomFloats(rows * k, 1);
+  AlignedBuffer<std::byte> bytes(PackedBytes(format, n, k));
+  std::vector<uint8_t> codes(static_cast<size_t>(k));
+  const std::vector<uint16_t> ones(static_cast<size_t>(k), F16FromFloat(1.0f));
+  std::fill_n(bytes.data(), bytes.size(), std::byte{0});
+  std::mt19937 random(3);
+  for (int64_t row = 0; row < n; ++row) {
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random() % (1u << format.bits));
+    StorePackedRow(format, k, row, {codes.data(), ones.data(), ones.data()}, bytes.data());
+  }
+  const WeightMatrix w = {
+      .data = bytes.data(), .rows = n, .cols = k, .dtype = Dtype::kU8, .packed = format};
+  AlignedBuffer<float> y(static_cast<size_t>(rows * n));
+  MatVec(x.data(), rows, w, y.data(), n, pool);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (const int64_t row : {int64_t{0}, n - 1}) {
+      double sum = 0, magnitude = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double term = static_cast<double>(x[static_cast<size_t>(i * k + c)]) *
+                            static_cast<double>(LoadPackedValue(format, k, row, c, w.data));
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+      // Activations are rounded to 1/65,024 of the largest of 32.
+      if (std::fabs(static_cast<double>(y[static_cast<size_t>(i * n + row)]) - sum) >
+          4e-5 * magnitude) {
+        std::printf("WRONG %s\n", name.c_str());
+        std::exit(1);
+      }
+    }
+  }
+  Timer read{options.threads == 1}, ours{options.threads == 1};
+  for (int round = 0; round < options.rounds; ++round) {
+    read.Time([&] { ReadBurst(w.data, static_cast<int64_t>(w.bytes()), pool); });
+    ours.Time([&] { MatVec(x.data(), rows, w, y.data(), n, pool); });
+  }
+  const double gigabytes = static_cast<double>(w.bytes()) * 1e-9;
+  std::printf("%-22s read %5.1f GB/s | %5.1f GB/s, %3.0f%% of read, %5.1f G weights/s\n",
+              name.c_str(), gigabytes / read.best, gigabytes / ours.best,
+              100 * read.best / ours.best, 1e-9 * static_cast<double>(rows * n * k) / ours.best);
+  std::fflush(stdout);
+}
+
 void BenchGram(const char* name, int64_t m, int64_t n, const Options& options, ThreadPool& pool) {
   if (!options.only.empty() && std::string_view(name).find(options.only) == std::string_view::npos)
     return;
@@ -266,6 +316,11 @@ int Main(int argc, char** argv) {
   for (const int64_t rows : {1, 2, 3, 4, 8}) {
     const std::string name = "matvec mixtral x" + std::to_string(rows);
     BenchMatVec(name.c_str(), rows, 14336, 4096, options, pool);
+  }
+  for (const char* format : {"8bit", "6bit", "4bit", "4bit-log", "3bit", "2bit"}) {
+    for (const int64_t rows : {1, 2, 4, 8}) {
+      BenchPacked(format, rows, 14336, 4096, options, pool);
+    }
   }
   BenchGram("gram 8 x 128", 8, 128, options, pool);
   BenchGram("gram 16 x 1024", 16, 1024, options, pool);

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "base/error.h"
+#include "conversations.h"
 #include "tokenizer/tokenizer.h"
 
 namespace winnow::cli {
@@ -12,8 +13,8 @@ namespace winnow::cli {
 void AddCalibrationFlags(CLI::App& verb, CalibrationFlags& flags, bool required) {
   verb.add_option(
           "--calib", flags.sources,
-          "Calibration text: .txt, .jsonl (also .xz .zst .gz) or token ids in .safetensors;\n"
-          "FILE:SHARE weighs several")
+          "Calibration text: .txt, .jsonl with `text`, `prompt` and `completion`, or `messages`\n"
+          "(also .xz .zst .gz), or token ids in .safetensors; FILE:SHARE weighs several")
       ->required(required);
   verb.add_option("--blocks", flags.blocks.num_blocks, "Blocks over all texts (default 128)")
       ->check(WholeNumberFrom(1));
@@ -39,8 +40,10 @@ std::vector<SourceBlocks> LoadCalibration(const Session& session, const Model& m
   }
   std::optional<Tokenizer> tokenizer;
   if (any_text) tokenizer.emplace(Tokenizer::Load(model_folder));
+  ConversationEncoder conversation;
+  if (tokenizer) conversation = MakeConversationEncoder(model_folder, *tokenizer);
   std::vector<SourceBlocks> blocks =
-      BuildBlocks(sources, tokenizer ? &*tokenizer : nullptr, flags.blocks);
+      BuildBlocks(sources, tokenizer ? &*tokenizer : nullptr, flags.blocks, conversation);
   const int64_t context = model.config().max_position_embeddings;
   for (const SourceBlocks& source : blocks) {
     for (const int32_t id : source.sequences.ids) {

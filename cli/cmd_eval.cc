@@ -1,4 +1,4 @@
-// winnow eval ppl: perplexity under named protocols.
+// winnow eval, and eval ppl: perplexity under named protocols.
 #include <fmt/format.h>
 
 #include "base/error.h"
@@ -131,6 +131,7 @@ void AddEval(CLI::App& app, Session& session) {
   ppl->callback([&session, flags] {
     session.action = [&session, flags] { return RunEvalPpl(session, *flags); };
   });
+  AddEvalTasks(*verb, session);
 }
 
 }  // namespace winnow::cli

@@ -9,6 +9,7 @@
 #include "apply/checkpoint_rewriter.h"
 #include "base/error.h"
 #include "base/units.h"
+#include "conversations.h"
 #include "loss_curve.h"
 #include "session.h"
 #include "tokenizer/tokenizer.h"
@@ -74,6 +75,7 @@ std::vector<TrainRow> LoadRows(const FinetuneFlags& flags, const Model& model) {
       if (!tokenizer) tokenizer.emplace(Tokenizer::Load(flags.model));
       TrainTextOptions options{.block_tokens = flags.block, .field = flags.field};
       options.prompt_counts = flags.train_prompt;
+      options.conversation = MakeConversationEncoder(flags.model, *tokenizer);
       if (!model.config().eos_token_ids.empty()) options.end = model.config().eos_token_ids.front();
       more = RowsOfText(source, *tokenizer, options);
     }
@@ -335,9 +337,10 @@ int RunFinetune(Session& session, const FinetuneFlags& flags) {
 }
 
 void AddDataFlags(CLI::App& verb, FinetuneFlags& flags) {
-  verb.add_option("--data", flags.data,
-                  "Training text: .txt, .jsonl with `text` or `prompt` and `completion` (also .xz "
-                  ".zst .gz),\nor token ids in .safetensors");
+  verb.add_option(
+      "--data", flags.data,
+      "Training text: .txt, .jsonl with `text`, `prompt` and `completion`, or `messages`\n"
+      "(also .xz .zst .gz), or token ids in .safetensors");
   verb.add_option("--rows", flags.rows,
                   "Prepared rows (.safetensors): input_ids [rows, T], optional attention_mask");
   verb.add_option("--row-order", flags.row_order, "JSON: a list of row numbers for each step");

@@ -42,4 +42,7 @@ std::string FormatStandardError(const std::optional<double>& value);
 std::string EvalTable(const std::vector<EvalRow>& rows, const std::string& protocol);
 OrderedJson EvalJson(const std::vector<EvalRow>& rows, const std::string& protocol);
 
+// `eval tasks`, in cmd_eval_tasks.cc.
+void AddEvalTasks(CLI::App& eval, Session& session);
+
 }  // namespace winnow::cli

@@ -130,6 +130,8 @@ int Main(int argc, char** argv) {
   AddCompress(app, session);
   AddFinetune(app, session);
   AddRun(app, session);
+  AddServe(app, session);
+  AddBench(app, session);
   AddTokenize(app, session);
   AddTrace(app, session);
   AddStats(app, session);

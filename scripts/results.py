@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -169,8 +170,15 @@ class Measured:
             self.run("finetune", folder, "--teacher", self.model, "--data", *self.calib, "--steps", self.args.tune, "--batch", 16,
                      "--lr", "1e-3", "-o", tuned)
             self.condensed_row(f"{label}, tuned on {self.args.tune * 8192:,} tokens", tuned)
-            shutil.rmtree(tuned)
-        shutil.rmtree(folder)
+            self.put_away(tuned, f"{label}, tuned")
+        self.put_away(folder, label)
+
+    def put_away(self, folder, label):
+        """Keeps a model for later looks, or not."""
+        if self.args.keep_models:
+            shutil.move(folder, os.path.join(self.args.keep_models, re.sub("[^a-zA-Z0-9]+", "-", label)))
+        else:
+            shutil.rmtree(folder)
 
     def condensed_row(self, label, folder, published=False):
         result = self.run("eval", "ppl", folder, "--against", self.model, "--protocol", self.protocol, "--compute", "f32",
@@ -181,14 +189,12 @@ class Measured:
         if published:
             self.published = mean
         share = f"{100 * mean / self.published:.0f} %" if self.published and folder != self.model else ""
-        words = " ".join(["The old man went home and the sea was calm ."] * 40)
-        speeds = [self.run("run", folder, "-p", words, "-n", 100, "--ignore-eos") for _ in range(3)]
-        prompt = max(speed["prompt_tokens"] / speed["prompt_seconds"] for speed in speeds)
-        decode = max(99 / speed["decode_seconds"] for speed in speeds)
+        speed = self.run("bench", folder, "-p", 512, "-n", 128)
         cells = [f"{text['perplexity']:.1f}" for text in result["texts"]]
         error = math.sqrt(sum(e * e for e in errors)) / len(errors)
         cells += [f"{mean:+.4f} +- {error:.4f}" if folder != self.model else "", share,
-                  f"{self.run('inspect', folder)['bytes'] / 2**20:.1f}", f"{prompt:.0f}", f"{decode:.0f}"]
+                  f"{self.run('inspect', folder)['bytes'] / 2**20:.1f}", f"{speed['prompt_tokens_per_second']:.0f}",
+                  f"{speed['decode_tokens_per_second']:.0f}"]
         print(f"| {label} | {' | '.join(cells)} |", file=self.args.out, flush=True)
 
 
@@ -203,6 +209,7 @@ def main():
     parser.add_argument("--condense", type=int, metavar="EXPERTS", help="the table of condensed layers in place of pruning's")
     parser.add_argument("--published-ids", nargs=2, metavar=("SEARCH", "ALPHA"), help="id files of the published calibration")
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="of 16 x 512 tokens, for condensed models")
+    parser.add_argument("--keep-models", metavar="FOLDER", help="keeps the condensed models there")
     parser.add_argument("--work", help="folder for temporary files")
     parser.add_argument("-o", "--output", help="file to write; without it standard output")
     args = parser.parse_args()

@@ -2,7 +2,9 @@
 // leaves nothing behind and touches nothing that was there.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <fstream>
+#include <sstream>
 
 #include "base/json.h"  // ParseJson
 #include "run_program.h"
@@ -14,8 +16,8 @@ constexpr int kUsage = 2;
 constexpr int kModel = 3;
 constexpr int kResource = 4;
 
-const char* const kVerbs[] = {"inspect", "doctor",   "observe", "plan",     "apply", "eval",
-                              "run",     "compress", "stats",   "tokenize", "trace", "finetune"};
+const char* const kVerbs[] = {"inspect",  "doctor", "observe",  "plan",  "apply",    "eval", "run",
+                              "compress", "stats",  "tokenize", "trace", "finetune", "bench"};
 
 void WriteText(const std::string& path, const std::string& content) {
   std::ofstream(path, std::ios::binary) << content;
@@ -36,6 +38,10 @@ std::string CopyModel(const TemporaryFolder& folder) {
     fs::permissions(entry.path(), fs::perms::owner_write, fs::perm_options::add);
   }
   return copy;
+}
+
+std::string SampleItems() {
+  return WINNOW_SOURCE_DIR "/examples/text/continuation.eval.jsonl.xz";
 }
 
 TEST(Contract, EveryVerbExplainsItself) {
@@ -118,6 +124,8 @@ TEST(Contract, JsonIsOneObjectAloneOnStandardOutput) {
       {"plan", stats, "--keep", "6", "-o", plan},
       {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
       {"eval", "ppl", folder / "small", "--text", EvaluationText("math"), "--tokens", "512"},
+      {"eval", "tasks", folder / "small", SampleItems(), "--limit", "8", "--against", SampleModel(),
+       "--items", folder / "items.jsonl"},
       {"run", folder / "small", "-p", "Question: ", "-n", "4"},
       {"compress", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "6", "--block",
        "64", "--keep", "6", "-o", folder / "other"}};
@@ -180,7 +188,8 @@ TEST(Contract, DryRunsTellWhatTheyWouldTakeAndWriteNothing) {
       {"observe", SampleModel(), "-o", folder / "other"},
       {"compress", SampleModel(), "--keep", "6", "-o", folder / "small"},
       {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
-      {"eval", "ppl", SampleModel(), "--text", EvaluationText("math"), "--tokens", "512"}};
+      {"eval", "ppl", SampleModel(), "--text", EvaluationText("math"), "--tokens", "512"},
+      {"eval", "tasks", SampleModel(), SampleItems(), "--items", folder / "items.jsonl"}};
   for (size_t i = 0; i < commands.size(); ++i) {
     Arguments command = commands[i];
     if (i < 2) command.insert(command.end(), calibration.begin(), calibration.end());
@@ -239,6 +248,7 @@ TEST(Contract, WhatDoesNotFitTheBudgetIsRefusedBeforehand) {
        folder / "stats", "--max-memory", "26M"},
       {"run", SampleModel(), "-p", "x", "--max-memory", "26M"},
       {"eval", "ppl", SampleModel(), "--text", EvaluationText("math"), "--max-memory", "26M"},
+      {"eval", "tasks", SampleModel(), SampleItems(), "--max-memory", "26M"},
       {"compress", SampleModel(), "--calib", CalibrationText("math"), "--blocks", "8", "--keep",
        "6", "-o", folder / "small", "--max-memory", "26M"}};
   for (const Arguments& command : commands) {
@@ -293,6 +303,46 @@ TEST(Contract, PlansForAnotherModelAreRefused) {
     EXPECT_NE(result.err.find("error: "), std::string::npos) << result.err;
     EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"plan.json"});
   }
+}
+
+// Figures of the table are those of the items' file, which is the same for any number of threads.
+TEST(Contract, TasksSayWhatEachItemScored) {
+  const TemporaryFolder folder;
+  const auto run = [&](const std::string& items, const std::string& threads) {
+    return RunWinnow({"eval", "tasks", SampleModel(), SampleItems(), "--limit", "30", "--items",
+                      folder / items, "-t", threads, "--json", "-q"});
+  };
+  const ProgramResult one = run("1.jsonl", "1");
+  ASSERT_EQ(one.exit_code, 0) << one.err;
+  ASSERT_EQ(run("2.jsonl", "2").exit_code, 0);
+  ASSERT_EQ(run("3.jsonl", "3").exit_code, 0);
+  const auto files = ReadFolder(folder.path());
+  EXPECT_EQ(files.at("2.jsonl"), files.at("1.jsonl"));
+  EXPECT_EQ(files.at("3.jsonl"), files.at("1.jsonl"));
+  const Json json = ParseJson(one.out, "eval tasks");
+  EXPECT_EQ(json["schema"], "winnow.eval-tasks/1");
+  ASSERT_EQ(json["tasks"].size(), 1u);
+  EXPECT_EQ(json["tasks"][0]["items"], 30);
+  double right = 0;
+  std::istringstream lines(files.at("1.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    const Json item = ParseJson(line, "item");
+    const auto sums = item["log_likelihoods"].get<std::vector<double>>();
+    ASSERT_EQ(sums.size(), 4u);
+    const auto best = std::max_element(sums.begin(), sums.end()) - sums.begin();
+    EXPECT_EQ(item["answers"]["acc"], best);
+    if (item["gold"] == best) ++right;
+  }
+  EXPECT_NEAR(json["tasks"][0]["acc"]["value"].get<double>(), right / 30, 1e-12);
+  // An output that is there stays, and what cannot be scored is refused before any work.
+  ExpectRefusal(run("1.jsonl", "1"), kUsage);
+  WriteText(folder / "bad.jsonl", R"({"task": "t", "query": "Q", "choices": ["a"], "gold": 0})");
+  ExpectRefusal(RunWinnow({"eval", "tasks", SampleModel(), folder / "bad.jsonl"}), kModel);
+  WriteText(folder / "none.jsonl", "");
+  ExpectRefusal(RunWinnow({"eval", "tasks", SampleModel(), folder / "none.jsonl"}), kUsage);
+  ExpectRefusal(RunWinnow({"eval", "tasks", SampleModel(), SampleItems(), SampleItems()}), kUsage);
+  ExpectRefusal(RunWinnow({"eval", "tasks", SampleModel(), SampleItems(), "--max-length", "9"}),
+                kUsage);
 }
 
 TEST(Contract, AHandWrittenPlanIsEnough) {

@@ -23,7 +23,8 @@ std::string ReadFile(const fs::path& path) {
 }
 
 // Output goes to files: a pipe nobody reads would stop the program when it is full.
-pid_t Spawn(const Arguments& arguments, const std::string& out, const std::string& err) {
+pid_t Spawn(const Arguments& arguments, const std::string& in, const std::string& out,
+            const std::string& err) {
   std::vector<char*> argv;
   std::string program = WINNOW_PROGRAM;
   argv.push_back(program.data());
@@ -32,7 +33,7 @@ pid_t Spawn(const Arguments& arguments, const std::string& out, const std::strin
   argv.push_back(nullptr);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, in.c_str(), O_RDONLY, 0);
   posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, out.c_str(), O_WRONLY | O_CREAT, 0600);
   posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, err.c_str(), O_WRONLY | O_CREAT, 0600);
   pid_t child = -1;
@@ -45,10 +46,11 @@ pid_t Spawn(const Arguments& arguments, const std::string& out, const std::strin
 }  // namespace
 
 ProgramResult RunWinnowUntil(const Arguments& arguments, int signal,
-                             const std::function<bool()>& when) {
+                             const std::function<bool()>& when, const std::string& input) {
   ProgramResult result;
   const TemporaryFolder folder;
-  const pid_t child = Spawn(arguments, folder / "out", folder / "err");
+  std::ofstream(folder / "in", std::ios::binary) << input;
+  const pid_t child = Spawn(arguments, folder / "in", folder / "out", folder / "err");
   if (child < 0) return result;
   int status = 0;
   if (when) {
@@ -70,8 +72,8 @@ ProgramResult RunWinnowUntil(const Arguments& arguments, int signal,
   return result;
 }
 
-ProgramResult RunWinnow(const Arguments& arguments) {
-  return RunWinnowUntil(arguments, 0, nullptr);
+ProgramResult RunWinnow(const Arguments& arguments, const std::string& input) {
+  return RunWinnowUntil(arguments, 0, nullptr, input);
 }
 
 TemporaryFolder::TemporaryFolder() {

@@ -20,12 +20,12 @@ struct ProgramResult {
 
 using Arguments = std::vector<std::string>;
 
-// Runs build/.../winnow to its end, without a terminal.
-ProgramResult RunWinnow(const Arguments& arguments);
+// Runs build/.../winnow to its end, without a terminal; `input` is its standard input.
+ProgramResult RunWinnow(const Arguments& arguments, const std::string& input = {});
 // The same, but sends `signal` as soon as `when` holds (asked again and again) or not at all if the
 // program ends first.
 ProgramResult RunWinnowUntil(const Arguments& arguments, int signal,
-                             const std::function<bool()>& when);
+                             const std::function<bool()>& when, const std::string& input = {});
 
 // A new empty folder that disappears with the object.
 class TemporaryFolder {

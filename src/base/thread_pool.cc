@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -17,9 +18,10 @@ struct ThreadPool::State {
   std::condition_variable work_ready;
   std::condition_variable work_done;
   std::vector<std::thread> threads;
-  uint64_t generation = 0;  // guarded by mutex; a new value means a new loop
-  int running = 0;          // workers that have not finished the current loop
-  bool stopping = false;
+  // A new value means a new loop; changed under the mutex, read without it by those that spin.
+  std::atomic<uint64_t> generation{0};
+  std::atomic<int> running{0};  // workers that have not finished the current loop
+  std::atomic<bool> stopping{false};
   const std::function<void(int64_t, int)>* body = nullptr;
   int64_t num_tasks = 0;
   std::atomic<int64_t> next_task{0};
@@ -39,6 +41,27 @@ struct ThreadPool::State {
     }
   }
 };
+
+namespace {
+
+// Loops of a decoded token follow each other within microseconds, and waking a thread costs as much
+// as such a loop: whoever waits looks for this long before it sleeps. Not longer, because a core
+// may be shared, and then who spins keeps the one it waits for from running.
+constexpr auto kSpin = std::chrono::microseconds(30);
+
+template <class Ready>
+void SpinUntil(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  for (;;) {
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return;
+      __builtin_ia32_pause();
+    }
+    if (std::chrono::steady_clock::now() >= end) return;
+  }
+}
+
+}  // namespace
 
 ThreadPool::ThreadPool(int num_threads)
     : num_threads_(num_threads > 0 ? num_threads : AvailableCpus()),
@@ -60,15 +83,20 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::WorkerLoop(int worker) {
   uint64_t seen = 0;
   for (;;) {
-    {
+    const auto ready = [&] { return state_->stopping || state_->generation != seen; };
+    SpinUntil(ready);
+    if (!ready()) {
       std::unique_lock lock(state_->mutex);
-      state_->work_ready.wait(lock, [&] { return state_->stopping || state_->generation != seen; });
-      if (state_->stopping) return;
-      seen = state_->generation;
+      state_->work_ready.wait(lock, ready);
     }
+    if (state_->stopping) return;
+    seen = state_->generation;
     state_->Work(worker);
-    const std::lock_guard lock(state_->mutex);
-    if (--state_->running == 0) state_->work_done.notify_one();
+    if (--state_->running == 0) {
+      // Under the mutex, so that it does not fall between the caller's look and its sleep.
+      const std::lock_guard lock(state_->mutex);
+      state_->work_done.notify_one();
+    }
   }
 }
 
@@ -91,8 +119,10 @@ void ThreadPool::Run(int64_t num_tasks, const std::function<void(int64_t, int)>&
   state_->Work(0);
   std::exception_ptr failure;
   {
+    const auto done = [&] { return state_->running == 0; };
+    SpinUntil(done);
     std::unique_lock lock(state_->mutex);
-    state_->work_done.wait(lock, [&] { return state_->running == 0; });
+    state_->work_done.wait(lock, done);
     failure = state_->failure;
   }
   if (failure) std::rethrow_exception(failure);

@@ -9,16 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "base/memory.h"              // MemoryPlan
-#include "base/progress.h"            // JobControl
-#include "base/thread_pool.h"         // ThreadPool
-#include "forward/expert_skipping.h"  // SkipBetas, SkipCounts
-#include "forward/hidden_states.h"    // HiddenStates
-#include "forward/token_set.h"        // TokenSet
-#include "kernels/matmul.h"           // ComputePrecision
-#include "model/model.h"              // Model
-#include "text/text_source.h"         // TextSource
-#include "tokenizer/tokenizer.h"      // Tokenizer
+#include "eval/eval_sweep.h"      // EvalOptions, EvalPlan
+#include "text/text_source.h"     // TextSource
+#include "tokenizer/tokenizer.h"  // Tokenizer
 
 namespace winnow {
 
@@ -68,19 +61,6 @@ struct PerplexityResult {
   std::vector<int64_t> window_tokens;
 };
 
-struct EvalOptions {
-  uint64_t memory_budget_bytes = 0;
-  fs::path spill_folder = {};  // where the stream goes if the budget does not hold it
-  std::vector<std::vector<int32_t>> kept_experts = {};
-  ComputePrecision compute = ComputePrecision::kF32;  // of the layers; lm_head is always f32
-  SkipBetas skip_betas = {};                          // empty: every expert runs
-};
-
-struct EvalPlan {
-  MemoryPlan memory;
-  bool prefetch = true;
-  bool spill = false;
-};
 EvalPlan PlanPerplexity(const Model& model, const ScoredWindows& windows,
                         const EvalOptions& options, int num_threads);
 PerplexityResult RunPerplexity(const Model& model, const ScoredWindows& windows,

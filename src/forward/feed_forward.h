@@ -33,6 +33,9 @@ class FeedForwardBlock {
   // From now on experts are skipped by these thresholds, and counted.
   void SetSkipping(const SkipBetas& betas);
   const SkipCounts& skip_counts() const { return skip_counts_; }
+  // Experts of the last Run's tokens (its last 4,096 if it had more): [tokens, k], best first, -1
+  // where one was skipped. Of a layer with a router.
+  const int32_t* last_ids() const { return ids_.data(); }
 
   // hidden [n, hidden_size] in place. The layer is a MoE layer iff weights.router is set.
   void Run(const LayerWeights& weights, const FeedForwardCall& call, int64_t n, float* hidden);

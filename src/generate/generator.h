@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -13,6 +14,7 @@
 #include "base/progress.h"            // JobControl
 #include "base/thread_pool.h"         // ThreadPool
 #include "forward/expert_skipping.h"  // SkipBetas, SkipCounts
+#include "kernels/matmul.h"           // ComputePrecision
 #include "model/model.h"              // Model
 
 namespace winnow {
@@ -31,6 +33,7 @@ struct GenerateOptions {
       0;  // ids from here on are never sampled (rows without a token); 0: none
   bool stop_at_eos = true;
   uint64_t memory_budget_bytes = 0;
+  ComputePrecision compute = ComputePrecision::kF32;  // of the prompt
   std::vector<std::vector<int32_t>> kept_experts = {};
   SkipBetas skip_betas = {};  // empty: every expert runs
 };
@@ -39,16 +42,51 @@ struct GeneratePlan {
   MemoryPlan memory;
   bool resident = true;
 };
-GeneratePlan PlanGenerate(const Model& model, int64_t prompt_tokens, const GenerateOptions& options,
+// `capacity`: tokens of prompt and answer together.
+GeneratePlan PlanGenerate(const Model& model, int64_t capacity, const GenerateOptions& options,
                           int num_threads);
 
 struct GenerateResult {
   std::vector<int32_t> tokens;  // without the prompt
+  double load_seconds = 0;
   double prompt_seconds = 0;
   double decode_seconds = 0;
+  int64_t cached_tokens = 0;   // of the prompt, not read again
+  int64_t decoded_tokens = 0;  // that went through the model: the last new one need not
+  // Of decoded tokens, with all weights in memory: what was read of them, and experts a MoE layer.
+  double bytes_per_token = 0;
+  double experts_per_token = 0;
   std::optional<SkipCounts> skipping;  // if experts were skipped
 };
-// on_token is called for each new token and stops the generation by returning false.
+
+// A model ready to generate, for one prompt after another: what a prompt shares with the beginning
+// of the one before is not read again.
+class Generator {
+ public:
+  // `capacity`: tokens of prompt and answer together, as planned. The others must outlive it.
+  Generator(const Model& model, int64_t capacity, GenerateOptions options, const GeneratePlan& plan,
+            ThreadPool& pool, const JobControl& control);
+  ~Generator();
+
+  // on_token is called for each new token and stops the generation by returning false. UsageError
+  // if the prompt is empty or leaves no room.
+  GenerateResult Run(std::span<const int32_t> prompt, const std::function<bool(int32_t)>& on_token);
+
+ private:
+  class NextLogits;
+  class ResidentModel;
+  class StreamedModel;
+  int64_t ReadPrompt(std::span<const int32_t> prompt, std::span<float> logits);
+  const Model& model_;
+  const int64_t capacity_;
+  const GenerateOptions options_;
+  double load_seconds_ = 0;
+  std::unique_ptr<NextLogits> next_;
+  const ResidentModel* resident_ = nullptr;  // next_, if it is one
+  std::vector<int32_t> prompt_;              // what next_ holds of prompts
+};
+
+// One prompt with room for max_new_tokens.
 GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
                         const GenerateOptions& options, const GeneratePlan& plan, ThreadPool& pool,
                         const JobControl& control, const std::function<bool(int32_t)>& on_token);

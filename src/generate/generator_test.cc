@@ -18,7 +18,8 @@ std::vector<int32_t> Continue(const Model& model, const std::vector<int32_t>& pr
                               std::optional<bool> resident = {}) {
   options.memory_budget_bytes = kAmpleBytes;
   ThreadPool pool(threads);
-  GeneratePlan plan = PlanGenerate(model, static_cast<int64_t>(prompt.size()), options, threads);
+  GeneratePlan plan = PlanGenerate(
+      model, static_cast<int64_t>(prompt.size()) + options.max_new_tokens, options, threads);
   if (resident) plan.resident = *resident;
   std::vector<int32_t> seen;
   const GenerateResult result = Generate(model, prompt, options, plan, pool, {}, [&](int32_t id) {
@@ -79,6 +80,33 @@ TEST_F(GenerateTest, StopsWhereItShould) {
   options.stop_at_eos = true;
   EXPECT_EQ(Continue(Model::Open(copy), prompt_, options),
             std::vector<int32_t>(expected_.begin(), first));
+}
+
+TEST_F(GenerateTest, APromptThatGoesOnIsNotReadAgain) {
+  const GenerateOptions options{
+      .max_new_tokens = 5, .stop_at_eos = false, .memory_budget_bytes = kAmpleBytes};
+  ThreadPool pool(2);
+  const auto keep = [](int32_t) { return true; };
+  for (const bool resident : {true, false}) {
+    GeneratePlan plan = PlanGenerate(model_, 64, options, 2);
+    plan.resident = resident;
+    Generator generator(model_, 64, options, plan, pool, {});
+    const GenerateResult first = generator.Run(prompt_, keep);
+    EXPECT_EQ(first.cached_tokens, 0);
+    std::vector<int32_t> longer = prompt_;
+    longer.insert(longer.end(), first.tokens.begin(), first.tokens.end());
+    longer.push_back(7);
+    const GenerateResult second = generator.Run(longer, keep);
+    EXPECT_EQ(second.cached_tokens, static_cast<int64_t>(prompt_.size()));
+    EXPECT_EQ(second.tokens, Continue(model_, longer, options));
+    // Another beginning, and the same prompt once more.
+    const std::vector<int32_t> other = {9, 8, 7};
+    EXPECT_EQ(generator.Run(other, keep).tokens, Continue(model_, other, options));
+    const GenerateResult again = generator.Run(other, keep);
+    EXPECT_EQ(again.cached_tokens, 2);
+    EXPECT_EQ(again.tokens, Continue(model_, other, options));
+    EXPECT_THROW(generator.Run(std::vector<int32_t>(64, 1), keep), UsageError);
+  }
 }
 
 TEST_F(GenerateTest, IdsWithoutATokenAreNeverSampled) {

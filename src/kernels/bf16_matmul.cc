@@ -95,7 +95,9 @@ HWY_EXPORT(RunBf16Task);
 
 void MatMulBf16(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y,
                 ThreadPool& pool, Bf16TileFunction tile) {
-  if (w.dtype != Dtype::kBF16) throw RuntimeError("bf16 product with a weight of another format");
+  if (w.packed.empty() && w.dtype != Dtype::kBF16) {
+    throw RuntimeError("bf16 product with a weight of another format");
+  }
   const std::vector<MatMulTask> tasks = MakeMatMulTasks(x, w, y, ld_y, pool.num_threads());
   pool.Run(static_cast<int64_t>(tasks.size()), [&](int64_t index, int) {
     const MatMulTask& task = tasks[static_cast<size_t>(index)];

@@ -86,7 +86,8 @@ HWY_EXPORT(RunTransposedTask);
 
 void MatMul(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y, ThreadPool& pool,
             ComputePrecision precision) {
-  if (precision == ComputePrecision::kAuto && w.dtype == Dtype::kBF16 && Bf16DotsSelected()) {
+  const bool rounds = w.dtype == Dtype::kBF16 || !w.packed.empty();
+  if (precision == ComputePrecision::kAuto && rounds && Bf16DotsSelected()) {
     return MatMulBf16(x, w, y, ld_y, pool, Bf16TileAvx512);
   }
   const std::vector<MatMulTask> tasks = MakeMatMulTasks(x, w, y, ld_y, pool.num_threads());

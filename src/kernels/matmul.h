@@ -55,7 +55,8 @@ class PackedRows {
 enum class ComputePrecision {
   // Activations stay f32, as in the reference implementations in f32.
   kF32,
-  // Against bf16 weights activations are rounded to bf16 (8 bits of precision) where "avx512_bf16"
+  // Against bf16 and packed weights activations (and what packed weights stand for) are rounded to
+  // bf16 (8 bits of precision) where "avx512_bf16"
   // is the instruction set in use: products of pairs at twice the rate. Everywhere else as kF32.
   kAuto,
 };
@@ -73,11 +74,6 @@ void MatMulSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t 
 void MatMulTransposed(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y,
                       ThreadPool& pool);
 void MatMulTransposedSingle(const PackedRows& x, const WeightMatrix& w, float* y, int64_t ld_y);
-
-// For one to eight rows, where reading W is the cost: y[i, j] as above, each element summed in an
-// order that depends on k alone (not the order MatMul uses). x [rows, k] contiguous.
-void MatVec(const float* x, int64_t rows, const WeightMatrix& w, float* y, int64_t ld_y,
-            ThreadPool& pool);
 
 // Plain double-precision reference of both, for tests.
 void MatMulReference(const float* x, int64_t rows, int64_t ld_x, const WeightMatrix& w, float* y,

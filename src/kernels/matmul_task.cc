@@ -52,7 +52,7 @@ std::vector<MatMulTask> MakeMatMulTasks(const PackedRows& x, const WeightMatrix&
     throw RuntimeError("product of packed rows with k=" + std::to_string(x.k()) +
                        " and a weight that is summed over " + std::to_string(k));
   }
-  if (!IsComputeDtype(w.dtype)) {
+  if (w.packed.empty() && !IsComputeDtype(w.dtype)) {
     throw RuntimeError("product with a weight stored as " + std::string(DtypeName(w.dtype)));
   }
   if (x.rows() == 0 || n == 0) return {};

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "kernels/matvec.h"
 #include "kernels/test_support.h"
 
 namespace winnow {

@@ -1,10 +1,13 @@
 // Y = X W^T for a few rows, where the time is the time to read W: each row of W is read once and
 // widened in registers against all rows of X.
+#include "kernels/matvec.h"
+
 #include <algorithm>
 #include <string>
+#include <vector>
 
-#include "base/error.h"  // RuntimeError
-#include "kernels/matmul.h"
+#include "base/error.h"          // RuntimeError
+#include "kernels/packed_dot.h"  // PackDigits, PackedDotTask
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/matvec.cc"
@@ -25,7 +28,7 @@ int64_t InterleavedSize(int64_t rows, int64_t k) {
   return rows * ((k + kStep - 1) / kStep * kStep);
 }
 
-void InterleaveRows(const float* x, int64_t rows, int64_t k, float* out) {
+void InterleaveRows(const float* x, int64_t rows, int64_t k, int64_t ld, float* out) {
   const DF d;
   constexpr auto kStep = static_cast<int64_t>(kLanes);
   for (int64_t first = 0; first < rows; first += kXStep) {
@@ -33,11 +36,11 @@ void InterleaveRows(const float* x, int64_t rows, int64_t k, float* out) {
     int64_t c = 0;
     for (; c + kStep <= k; c += kStep) {
       for (int64_t row = first; row < end; ++row, out += kStep) {
-        hn::Store(hn::LoadU(d, x + row * k + c), d, out);
+        hn::Store(hn::LoadU(d, x + row * ld + c), d, out);
       }
     }
     for (int64_t row = first; c < k && row < end; ++row, out += kStep) {
-      hn::Store(LoadPartial(x + row * k + c, static_cast<size_t>(k - c)), d, out);
+      hn::Store(LoadPartial(x + row * ld + c, static_cast<size_t>(k - c)), d, out);
     }
   }
 }
@@ -163,28 +166,101 @@ HWY_EXPORT(InterleavedSize);
 HWY_EXPORT(InterleaveRows);
 HWY_EXPORT(MatVecRange);
 
+namespace {
+
+template <class T>
+void Grow(AlignedBuffer<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count) {
+    buffer = AlignedBuffer<T>(static_cast<size_t>(count));
+  }
+}
+
+// A range of W's rows of one job: `first` and `end` count groups of rows.
+struct MatVecTask {
+  const MatVecJob* job;
+  int64_t first, end;
+};
+
+// Rows of W that a task takes at once: a multiple of all row counts of the kernels.
+int64_t GroupRows(const WeightMatrix& w) {
+  return w.packed.empty() ? 24 : kPackedRows;
+}
+
+}  // namespace
+
+void VectorRows::Plain(const float* x, int64_t rows, int64_t k, int64_t ld) {
+  Grow(interleaved_, HWY_DYNAMIC_DISPATCH(InterleavedSize)(rows, k));
+  HWY_DYNAMIC_DISPATCH(InterleaveRows)(x, rows, k, ld, interleaved_.data());
+  plain_rows_ = rows;
+  plain_k_ = k;
+}
+
+void VectorRows::Packed(const float* x, int64_t rows, int64_t k, int64_t ld) {
+  const int64_t chunks = (k + kPackedChunkColumns - 1) / kPackedChunkColumns * rows;
+  Grow(scales_, chunks);
+  Grow(sums_, chunks);
+  vnni_ = VnniSelected();
+  const DigitForm form = vnni_ ? DigitForm::kBytes : DigitForm::kPairsAndBytes;
+  Grow(digits_, chunks * DigitBytes(form));
+  PackDigits(x, rows, k, ld, form, digits_.data(), scales_.data(), sums_.data());
+  packed_rows_ = rows;
+  packed_k_ = k;
+}
+
+void MatVec(std::span<const MatVecJob> jobs, ThreadPool& pool) {
+  // About 256 KiB of W each, but enough for every thread to have some of each job.
+  constexpr uint64_t kTaskBytes = 256 << 10;
+  std::vector<MatVecTask> tasks;
+  for (const MatVecJob& job : jobs) {
+    const WeightMatrix& w = *job.w;
+    const bool packed = !w.packed.empty();
+    if (!packed && !IsComputeDtype(w.dtype)) {
+      throw RuntimeError("product with a weight stored as " + std::string(DtypeName(w.dtype)));
+    }
+    const int64_t rows = packed ? job.x->packed_rows_ : job.x->plain_rows_;
+    if (rows == 0 || w.rows == 0) continue;
+    if ((packed ? job.x->packed_k_ : job.x->plain_k_) != w.cols) {
+      throw RuntimeError("product of rows and weights of different widths");
+    }
+    const int64_t group = GroupRows(w), groups = (w.rows + group - 1) / group;
+    const int64_t by_bytes = static_cast<int64_t>(w.bytes() / kTaskBytes) + 1;
+    const int64_t wanted = jobs.size() == 1 ? pool.num_threads() : 1;
+    const int64_t parts = std::min(groups, std::max(by_bytes, wanted));
+    const int64_t step = (groups + parts - 1) / parts;
+    for (int64_t first = 0; first < groups; first += step) {
+      tasks.push_back({&job, first, std::min(groups, first + step)});
+    }
+  }
+  pool.Run(static_cast<int64_t>(tasks.size()), [&](int64_t at, int) {
+    const MatVecTask& task = tasks[static_cast<size_t>(at)];
+    const MatVecJob& job = *task.job;
+    const VectorRows& x = *job.x;
+    if (!job.w->packed.empty()) {
+      const PackedDotTask dot = {.digits = x.digits_.data(),
+                                 .scales = x.scales_.data(),
+                                 .sums = x.sums_.data(),
+                                 .rows = x.packed_rows_,
+                                 .w = job.w,
+                                 .y = job.y,
+                                 .ld_y = job.ld_y,
+                                 .first_block = task.first,
+                                 .end_block = task.end};
+      return x.vnni_ ? RunPackedDotVnni(dot) : RunPackedDotPairs(dot);
+    }
+    const int64_t group = GroupRows(*job.w);
+    HWY_DYNAMIC_DISPATCH(MatVecRange)
+    (x.interleaved_.data(), x.plain_rows_, *job.w, task.first * group,
+     std::min(job.w->rows, task.end * group), job.y, job.ld_y);
+  });
+}
+
 void MatVec(const float* x, int64_t rows, const WeightMatrix& w, float* y, int64_t ld_y,
             ThreadPool& pool) {
-  if (!IsComputeDtype(w.dtype)) {
-    throw RuntimeError("product with a weight stored as " + std::string(DtypeName(w.dtype)));
-  }
-  if (rows == 0 || w.rows == 0) return;
-  const int64_t x_size = HWY_DYNAMIC_DISPATCH(InterleavedSize)(rows, w.cols);
-  AlignedBuffer<float> interleaved(static_cast<size_t>(x_size));
-  HWY_DYNAMIC_DISPATCH(InterleaveRows)(x, rows, w.cols, interleaved.data());
-  // Tasks of whole groups of rows, about 512 KiB of W each, but enough for every thread. 24 is a
-  // multiple of all the row counts above.
-  constexpr int64_t kGroup = 24;
-  constexpr uint64_t kTaskBytes = 512 << 10;
-  const int64_t groups = (w.rows + kGroup - 1) / kGroup;
-  const int64_t by_bytes = static_cast<int64_t>(w.bytes() / kTaskBytes) + 1;
-  const int64_t tasks = std::min(groups, std::max<int64_t>(by_bytes, pool.num_threads()));
-  const int64_t step = (groups + tasks - 1) / tasks * kGroup;
-  pool.Run((w.rows + step - 1) / step, [&](int64_t task, int) {
-    const int64_t first = task * step;
-    HWY_DYNAMIC_DISPATCH(MatVecRange)
-    (interleaved.data(), rows, w, first, std::min(w.rows, first + step), y, ld_y);
-  });
+  if (rows == 0) return;
+  VectorRows prepared;
+  prepared.For(w, x, rows, w.cols, w.cols);
+  const MatVecJob job = {&prepared, &w, y, ld_y};
+  MatVec(std::span(&job, 1), pool);
 }
 
 }  // namespace winnow

@@ -26,6 +26,11 @@ class TilePrefetch {
   TilePrefetch(const MatMulTask& task, int64_t column, int64_t first_k) {
     constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
     const WeightMatrix& w = *task.w;
+    if (!w.packed.empty()) {  // few bytes in long runs, which the hardware fetches by itself
+      next_ = w.data;
+      row_bytes_ = line_ = lines_per_row_ = rows_left_ = lines_per_call_ = 0;
+      return;
+    }
     const bool last = column + kColumns >= task.end_column;
     const int64_t row = last ? task.first_column : column + kColumns;
     const int64_t next_k = last ? std::min(first_k + kBlockColumns, w.cols) : first_k;

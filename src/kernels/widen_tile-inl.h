@@ -12,6 +12,7 @@
 #include "kernels/simd-inl.h"
 #include "kernels/tile_shape.h"     // kBlockColumns
 #include "kernels/weight_matrix.h"  // WeightMatrix
+#include "kernels/widen_packed-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace winnow {
@@ -202,6 +203,7 @@ HWY_INLINE void TileRowPointers(const WeightMatrix& w, int64_t first_row, int64_
 // kTileColumns), columns [first_column, first_column + columns).
 HWY_INLINE void WidenTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
                           int64_t columns, float* out) {
+  if (!w.packed.empty()) return WidenPackedTile(w, first_row, first_column, columns, out);
   const std::byte* rows[kTileColumns];
   TileRowPointers(w, first_row, first_column, rows);
   if (w.dtype == Dtype::kF32) {
@@ -241,6 +243,7 @@ HWY_NOINLINE void WidenPlainTileAs(const WeightMatrix& w, int64_t first_row, int
 
 HWY_INLINE void WidenPlainTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
                                int64_t rows, float* out) {
+  if (!w.packed.empty()) return WidenPackedPlainTile(w, first_row, first_column, rows, out);
   if (w.dtype == Dtype::kF32) {
     WidenPlainTileAs<Dtype::kF32>(w, first_row, first_column, rows, out);
   } else if (w.dtype == Dtype::kBF16) {
@@ -250,9 +253,12 @@ HWY_INLINE void WidenPlainTile(const WeightMatrix& w, int64_t first_row, int64_t
   }
 }
 
-// WidenTile of a bf16 weight in pairs of columns: out [kBlockColumns / 2][kTileColumns].
+// WidenTile of a bf16 or packed weight in pairs of columns: out [kBlockColumns / 2][kTileColumns].
 HWY_INLINE void PairTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
                          int64_t columns, uint32_t* out) {
+#if HWY_TARGET != HWY_SCALAR
+  if (!w.packed.empty()) return PairPackedTile(w, first_row, first_column, columns, out);
+#endif
   const std::byte* rows[kTileColumns];
   TileRowPointers(w, first_row, first_column, rows);
   PairRows(rows, columns, out);

@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "serve/stop_matcher.h"
+#include "generate/stop_matcher.h"
 
 namespace winnow {
 namespace {

@@ -7,9 +7,9 @@
 #include <span>
 #include <vector>
 
-#include "serve/generation.h"     // Generation, SequenceSpec
-#include "serve/stop_matcher.h"   // StopMatcher
-#include "tokenizer/tokenizer.h"  // Tokenizer, StreamDecoder
+#include "generate/stop_matcher.h"  // StopMatcher
+#include "serve/generation.h"       // Generation, SequenceSpec
+#include "tokenizer/tokenizer.h"    // Tokenizer, StreamDecoder
 
 namespace winnow {
 

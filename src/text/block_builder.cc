@@ -38,7 +38,8 @@ std::string UniqueName(const std::string& name, const std::vector<SourceBlocks>&
 }  // namespace
 
 std::vector<SourceBlocks> BuildBlocks(const std::vector<TextSource>& sources,
-                                      const Tokenizer* tokenizer, const BlockOptions& options) {
+                                      const Tokenizer* tokenizer, const BlockOptions& options,
+                                      const ConversationEncoder& conversation) {
   std::vector<double> shares;
   for (const TextSource& source : sources) {
     if (!source.is_token_ids) shares.push_back(source.share);
@@ -66,7 +67,7 @@ std::vector<SourceBlocks> BuildBlocks(const std::vector<TextSource>& sources,
       const auto encode = [&](std::string_view text, bool with_special) {
         return tokenizer->Encode(text, with_special);
       };
-      blocks.sequences = BlocksFromDocuments(source, encode, part);
+      blocks.sequences = BlocksFromDocuments(source, encode, part, conversation);
     }
     result.push_back(std::move(blocks));
   }

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "text/text_source.h"     // TextSource, TokenSequences
+#include "text/text_source.h"     // TextSource, TokenSequences, ConversationEncoder
 #include "tokenizer/tokenizer.h"  // Tokenizer
 
 namespace winnow {
@@ -35,8 +35,10 @@ struct SourceBlocks {
   std::string name;
   TokenSequences sequences;
 };
-// `tokenizer` may be null if every source is an id file.
+// `tokenizer` may be null if every source is an id file, `conversation` empty if conversations
+// (lines with `messages`) are to be refused.
 std::vector<SourceBlocks> BuildBlocks(const std::vector<TextSource>& sources,
-                                      const Tokenizer* tokenizer, const BlockOptions& options);
+                                      const Tokenizer* tokenizer, const BlockOptions& options,
+                                      const ConversationEncoder& conversation = {});
 
 }  // namespace winnow

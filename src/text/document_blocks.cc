@@ -71,8 +71,8 @@ std::string_view Excerpt(std::string_view document, uint64_t bytes, uint64_t see
 
 // As many blocks as the documents give, at most those asked for. `cut`: a document gave an excerpt.
 TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
-                         const BlockOptions& options, const std::vector<uint32_t>& bytes, bool& cut,
-                         int64_t& documents_tried) {
+                         const ConversationEncoder& conversation, const BlockOptions& options,
+                         const std::vector<uint32_t>& bytes, bool& cut, int64_t& documents_tried) {
   const auto num_documents = static_cast<int64_t>(bytes.size());
   std::vector<int64_t> order = NumpyPermutation(options.seed, num_documents);
   if (options.num_blocks < num_documents / kDocumentsPerBlock) {
@@ -85,7 +85,7 @@ TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
   result.offsets.push_back(0);
   std::vector<int32_t> pending;
   std::vector<float> pending_weights;
-  bool prompted = false;
+  bool masked = false;
   size_t next = 0;
   // Only the first of the chosen documents are usually needed. They are fetched in rounds of about
   // the text that the missing blocks take, so that memory follows the result, not the source.
@@ -110,30 +110,23 @@ TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
       }
       ++next;
       const int64_t number = order[next - 1];
-      std::vector<int32_t> ids;
-      size_t prompt_tokens = 0;
-      if (document.prompt_bytes > 0) {  // apart, so that each token belongs to one of them
-        ids = encode(std::string_view(document.text).substr(0, document.prompt_bytes), true);
-        prompt_tokens = ids.size();
-        const std::vector<int32_t> answer =
-            encode(std::string_view(document.text).substr(document.prompt_bytes), false);
-        ids.insert(ids.end(), answer.begin(), answer.end());
-        prompted = true;
+      CountedIds tokens;
+      if (most_tokens > 0 && document.prompt_bytes == 0 && !document.is_conversation) {
+        tokens.ids = encode(Excerpt(document.text, static_cast<uint64_t>(most_tokens) * 8,
+                                    options.seed ^ static_cast<uint64_t>(number)),
+                            true);
       } else {
-        ids =
-            encode(most_tokens > 0 ? Excerpt(document.text, static_cast<uint64_t>(most_tokens) * 8,
-                                             options.seed ^ static_cast<uint64_t>(number))
-                                   : std::string_view(document.text),
-                   true);
+        tokens = EncodeDocument(document, encode, conversation);
       }
-      if (most_tokens > 0 && static_cast<int64_t>(ids.size()) > most_tokens) {
-        ids.resize(static_cast<size_t>(most_tokens));
+      masked = masked || !tokens.weights.empty();
+      tokens.weights.resize(tokens.ids.size(), 1.0f);
+      if (most_tokens > 0 && static_cast<int64_t>(tokens.ids.size()) > most_tokens) {
+        tokens.ids.resize(static_cast<size_t>(most_tokens));
+        tokens.weights.resize(static_cast<size_t>(most_tokens));
         cut = true;
       }
-      pending.insert(pending.end(), ids.begin(), ids.end());
-      for (size_t i = 0; i < ids.size(); ++i) {
-        pending_weights.push_back(i < prompt_tokens ? 0.0f : 1.0f);
-      }
+      pending.insert(pending.end(), tokens.ids.begin(), tokens.ids.end());
+      pending_weights.insert(pending_weights.end(), tokens.weights.begin(), tokens.weights.end());
       const int64_t whole = std::min(static_cast<int64_t>(pending.size()) / options.block_tokens,
                                      options.num_blocks - result.size());
       for (int64_t block = 0; block < whole; ++block) {
@@ -148,20 +141,21 @@ TokenSequences CutBlocks(const TextSource& source, const EncodeFunction& encode,
     }
   }
   documents_tried = std::ssize(order);
-  if (!prompted) result.weights.clear();
+  if (!masked) result.weights.clear();
   return result;
 }
 
 }  // namespace
 
 TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunction& encode,
-                                   const BlockOptions& options) {
+                                   const BlockOptions& options,
+                                   const ConversationEncoder& conversation) {
   const std::vector<uint32_t> bytes = DocumentBytes(source, options.field);
   BlockOptions attempt = options;
   for (;; attempt.blocks_per_document *= 2) {
     bool cut = false;
     int64_t tried = 0;
-    TokenSequences result = CutBlocks(source, encode, attempt, bytes, cut, tried);
+    TokenSequences result = CutBlocks(source, encode, conversation, attempt, bytes, cut, tried);
     if (result.size() == options.num_blocks) {
       if (!result.weights.empty() &&
           std::find(result.weights.begin(), result.weights.end(), 1.0f) == result.weights.end()) {

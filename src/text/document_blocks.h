@@ -9,18 +9,16 @@
 #include <vector>
 
 #include "text/block_builder.h"  // BlockOptions
-#include "text/text_source.h"    // TextSource, TokenSequences
+#include "text/text_source.h"    // TextSource, EncodeFunction, TokenSequences
 
 namespace winnow {
 
-// `with_special`: with the tokens that begin a text.
-using EncodeFunction =
-    std::function<std::vector<int32_t>(std::string_view text, bool with_special)>;
-
-// `options.num_blocks` blocks from `source`. Where documents are answers to prompts, the tokens of
-// the prompts have weight 0. UsageError if it gives fewer, or if no token counts.
+// `options.num_blocks` blocks from `source`. Where documents are answers to prompts or
+// conversations, the tokens of the prompts and of other speakers than the assistant have weight 0.
+// UsageError if it gives fewer, or if no token counts.
 TokenSequences BlocksFromDocuments(const TextSource& source, const EncodeFunction& encode,
-                                   const BlockOptions& options);
+                                   const BlockOptions& options,
+                                   const ConversationEncoder& conversation = {});
 
 // `num_blocks` divided in proportion to `shares`, remainders to the largest fractions, the first of
 // equal ones first. Sums to `num_blocks`.

@@ -5,24 +5,20 @@
 
 #include <charconv>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "base/error.h"
 #include "base/json.h"
-#include "base/units.h"
 #include "text/byte_reader.h"
-#include "tokenizer/utf8.h"
+#include "text/json_lines.h"
+#include "text/line_reader.h"
 
 namespace winnow {
 namespace {
 
 constexpr std::string_view kSeparator = "<|endoftext|>";
-constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
-constexpr size_t kBufferBytes = size_t{1} << 20;
 // A document is held whole; without separators a text is one document.
 constexpr size_t kMaxDocumentBytes = size_t{256} << 20;
-constexpr size_t kMaxJsonLineBytes = size_t{64} << 20;
 
 enum class TextKind { kText, kJsonLines, kTokenIds, kUnknown };
 
@@ -55,62 +51,6 @@ FileKind KindOf(const fs::path& path) {
   return result;
 }
 
-// Lines of a file, each with its newline; the last one may have none.
-class LineReader {
- public:
-  explicit LineReader(const fs::path& path)
-      : reader_(OpenByteReader(path)), buffer_(kBufferBytes) {}
-
-  // Appends the next line to `line`; false at the end of the file. Stops in the middle of a line
-  // when `line` has reached `limit` bytes.
-  bool Append(std::string& line, size_t limit) {
-    bool appended = false;
-    while (line.size() < limit) {
-      if (begin_ == end_) {
-        begin_ = 0;
-        end_ = reader_->Read(buffer_);
-        if (end_ == 0) return appended;
-      }
-      const char* start = buffer_.data() + begin_;
-      const size_t available = std::min(end_ - begin_, limit - line.size());
-      const void* newline = std::memchr(start, '\n', available);
-      const size_t bytes = newline == nullptr
-                               ? available
-                               : static_cast<size_t>(static_cast<const char*>(newline) - start) + 1;
-      line.append(start, bytes);
-      begin_ += bytes;
-      offset_ += bytes;
-      appended = true;
-      if (newline != nullptr) break;
-    }
-    return appended;
-  }
-  // Bytes handed out so far, counted in the unpacked text.
-  uint64_t offset() const { return offset_; }
-
- private:
-  std::unique_ptr<ByteReader> reader_;
-  std::vector<char> buffer_;
-  size_t begin_ = 0;
-  size_t end_ = 0;
-  uint64_t offset_ = 0;
-};
-
-void CheckUtf8(const fs::path& path, std::string_view text, uint64_t offset) {
-  const size_t valid = tok::ValidUtf8Prefix(text);
-  if (valid == text.size()) return;
-  throw ModelError(fmt::format("{}: not UTF-8: byte 0x{:02x} at byte {} of the text", path.string(),
-                               static_cast<unsigned char>(text[valid]), offset + valid),
-                   "convert the text to UTF-8, for example with iconv -f WINDOWS-1252 -t UTF-8");
-}
-
-[[noreturn]] void ThrowTooLong(const fs::path& path, std::string_view what, size_t limit,
-                               uint64_t offset, std::string_view hint) {
-  throw ModelError(fmt::format("{}: {} that begins at byte {} of the text is larger than {}",
-                               path.string(), what, offset, FormatBytes(limit)),
-                   std::string(hint));
-}
-
 void ReadText(const fs::path& path, const std::function<bool(Document)>& on_document) {
   LineReader lines(path);
   std::string document;
@@ -133,7 +73,7 @@ void ReadText(const fs::path& path, const std::function<bool(Document)>& on_docu
     if (more && !is_separator) continue;
     if (is_separator) document.resize(line_start);
     if (document.ends_with('\n')) document.pop_back();
-    CheckUtf8(path, document, document_offset);
+    RequireUtf8(path, document, document_offset);
     if (!document.empty() && !on_document({std::move(document)})) return;
     document.clear();
     document_offset = lines.offset();
@@ -160,40 +100,29 @@ void ReadText(const fs::path& path, const std::function<bool(Document)>& on_docu
                             : "name the key that holds the text");
 }
 
-// Whether the line is an answer to a prompt. Not if another key than the usual one was asked for.
-bool IsPrompted(const Json& line, const std::string& field) {
-  return field == "text" && !line.contains(field) && line.contains("prompt") &&
-         line["prompt"].is_string() && line.contains("completion") &&
+// Whether the line is an answer to a prompt.
+bool IsPrompted(const Json& line) {
+  return line.contains("prompt") && line["prompt"].is_string() && line.contains("completion") &&
          line["completion"].is_string();
+}
+
+bool IsConversation(const Json& line) {
+  return line.contains("messages") && line["messages"].is_array();
 }
 
 void ReadJsonLines(const fs::path& path, const std::string& field, bool prompted,
                    const std::function<bool(Document)>& on_document) {
-  LineReader lines(path);
-  std::string line;
-  for (uint64_t number = 1;; ++number) {
-    const uint64_t offset = lines.offset();
-    line.clear();
-    if (!lines.Append(line, kMaxJsonLineBytes)) return;
-    if (line.size() >= kMaxJsonLineBytes) {
-      ThrowTooLong(path, "a line", kMaxJsonLineBytes, offset,
-                   "a .jsonl file has one object a line");
-    }
-    CheckUtf8(path, line, offset);
-    std::string_view text = line;
-    if (number == 1 && text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
-    if (text.find_first_not_of(" \t\r\n") == std::string_view::npos) continue;
-    const std::string where = fmt::format("{}: line {}", path.string(), number);
-    Json object = ParseJson(text, where);
-    if (!object.is_object()) {
-      throw ModelError(fmt::format("{}: expected an object, got {}", where, object.type_name()),
-                       "a .jsonl file has one object a line");
-    }
-    if (prompted && IsPrompted(object, field)) {
+  ReadJsonObjects(path, [&](const std::string& where, Json object, std::string_view text) {
+    // Not if another key than the usual one was asked for.
+    const bool may_count_in_part = prompted && field == "text" && !object.contains(field);
+    if (may_count_in_part && IsPrompted(object)) {
       const auto prompt = object["prompt"].get<std::string>();
       const auto completion = object["completion"].get<std::string>();
-      if (!completion.empty() && !on_document({prompt + completion, prompt.size()})) return;
-      continue;
+      return completion.empty() || on_document({prompt + completion, prompt.size()});
+    }
+    if (may_count_in_part && IsConversation(object)) {
+      // The line as it is: templates see the order of keys.
+      return on_document({.text = std::string(text), .is_conversation = true, .where = where});
     }
     const auto found = object.find(field);
     if (found == object.end()) ThrowMissingField(where, field, object);
@@ -202,8 +131,8 @@ void ReadJsonLines(const fs::path& path, const std::string& field, bool prompted
                                    DumpJson(Json(field)), found->type_name()));
     }
     std::string& document = found->get_ref<std::string&>();
-    if (!document.empty() && !on_document({std::move(document)})) return;
-  }
+    return document.empty() || on_document({std::move(document)});
+  });
 }
 
 }  // namespace
@@ -266,6 +195,23 @@ void ReadDocuments(const TextSource& source, const std::string& field,
 void ReadPromptedDocuments(const TextSource& source, const std::string& field,
                            const std::function<bool(Document document)>& on_document) {
   Read(source, field, true, on_document);
+}
+
+CountedIds EncodeDocument(const Document& document, const EncodeFunction& encode,
+                          const ConversationEncoder& conversation) {
+  if (document.is_conversation) {
+    if (conversation) return conversation(document.text, document.where);
+    throw UsageError(document.where + ": conversations (`messages`) cannot be used here",
+                     "give text, or `prompt` and `completion`");
+  }
+  if (document.prompt_bytes == 0) return {encode(document.text, true)};
+  const std::string_view text = document.text;
+  CountedIds result{encode(text.substr(0, document.prompt_bytes), true)};
+  result.weights.assign(result.ids.size(), 0.0f);
+  const std::vector<int32_t> answer = encode(text.substr(document.prompt_bytes), false);
+  result.ids.insert(result.ids.end(), answer.begin(), answer.end());
+  result.weights.resize(result.ids.size(), 1.0f);
+  return result;
 }
 
 }  // namespace winnow

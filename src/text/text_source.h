@@ -3,7 +3,8 @@
 //   prose.txt, prose.txt.xz, .zst, .gz   a line `<|endoftext|>` ends a document and is not text
 //   code.jsonl (same suffixes)           one JSON object a line; the text is in `field`, or in
 //                                        `prompt` and `completion`, the latter's tokens alone
-//                                        counting (calibration only)
+//                                        counting, or in `messages`, the assistant's tokens alone
+//                                        counting (both for calibration and training only)
 //   ids.safetensors                      `input_ids` I32/I64 [n, T], or [N] with `offsets` [n+1];
 //                                        `mask` of the same shape: what each token counts for
 //
@@ -39,14 +40,33 @@ TextSource ParseTextSource(const std::string& argument);
 void ReadDocuments(const TextSource& source, const std::string& field,
                    const std::function<bool(std::string document)>& on_document);
 
-// The same for calibration, with where the answer begins: a .jsonl line without `text`, if that is
-// the field, may have `prompt` and `completion` instead; its document is both, one after the other.
+// The same for calibration and training, with what of it counts: a .jsonl line without `text`, if
+// that is the field, may have `prompt` and `completion` instead; its document is both, one after
+// the other. Or it has `messages`: its document is the whole line, for the model's chat template.
 struct Document {
   std::string text;
   size_t prompt_bytes = 0;  // 0: all of it counts
+  bool is_conversation = false;
+  std::string where = {};  // of a conversation: file and line, for messages
 };
 void ReadPromptedDocuments(const TextSource& source, const std::string& field,
                            const std::function<bool(Document document)>& on_document);
+
+// Tokens of a document and what each counts for; no weights: every token counts.
+struct CountedIds {
+  std::vector<int32_t> ids;
+  std::vector<float> weights = {};
+};
+// `with_special`: with the tokens that begin a text.
+using EncodeFunction =
+    std::function<std::vector<int32_t>(std::string_view text, bool with_special)>;
+// From a line with `messages`; messages of errors start with `where`.
+using ConversationEncoder =
+    std::function<CountedIds(std::string_view json, const std::string& where)>;
+// A conversation, or an answer with its prompt: each part is encoded apart, so that a token belongs
+// to one of them. UsageError for a conversation if `conversation` is empty.
+CountedIds EncodeDocument(const Document& document, const EncodeFunction& encode,
+                          const ConversationEncoder& conversation);
 
 // Token sequences read from an id file. Rows of different length are possible ([N] + offsets).
 struct TokenSequences {

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "tokenizer/json_fields.h"
+#include "tokenizer/tokenizer_class.h"
 #include "tokenizer/tokenizer_file.h"
 #include "tokenizer/utf8.h"
 
@@ -43,28 +44,6 @@ std::optional<std::string> TokenName(const Fields& config, const char* field) {
   if (token == nullptr) return std::nullopt;
   if (token->is_string()) return token->get<std::string>();
   return Fields(*token, config.where() + ": " + field).String("content");
-}
-
-// Classes of transformers (4.57) that build the template of special tokens from
-// tokenizer_config.json when they are loaded, whatever tokenizer.json says; and their defaults for
-// what that file leaves out.
-struct RebuildingClass {
-  std::string_view name;
-  bool adds_bos;
-  const char* bos_token;
-  const char* eos_token;
-};
-constexpr RebuildingClass kRebuildingClasses[] = {
-    {"LlamaTokenizer", true, "<s>", "</s>"},
-    {"CodeLlamaTokenizer", true, "<s>", "</s>"},
-    {"GPTNeoXTokenizer", false, "<|endoftext|>", "<|endoftext|>"},
-};
-
-const RebuildingClass* FindRebuildingClass(std::string_view name) {
-  if (name.ends_with("Fast")) name.remove_suffix(4);
-  const auto* found = std::find_if(std::begin(kRebuildingClasses), std::end(kRebuildingClasses),
-                                   [&](const RebuildingClass& c) { return c.name == name; });
-  return found == std::end(kRebuildingClasses) ? nullptr : found;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -87,21 +88,30 @@ std::vector<TrainRow> RowsOfText(const TextSource& source, const Tokenizer& toke
   const auto most = static_cast<size_t>(options.block_tokens);
   std::vector<TrainRow> rows;
   std::vector<int32_t> pending;
+  const auto encode = [&](std::string_view text, bool with_special) {
+    return tokenizer.Encode(text, with_special);
+  };
   ReadPromptedDocuments(source, options.field, [&](Document document) {
-    if (document.prompt_bytes > 0) {
-      const std::string_view text = document.text;
-      TrainRow row;
-      row.ids = tokenizer.Encode(text.substr(0, document.prompt_bytes), true);
-      const size_t prompt = row.ids.size();
-      const std::vector<int32_t> answer =
-          tokenizer.Encode(text.substr(document.prompt_bytes), false);
-      row.ids.insert(row.ids.end(), answer.begin(), answer.end());
-      if (options.end) row.ids.push_back(*options.end);
-      if (row.ids.size() > most) row.ids.resize(most);
+    if (document.prompt_bytes > 0 || document.is_conversation) {
+      CountedIds tokens = EncodeDocument(document, encode, options.conversation);
+      // A chat template ends an answer itself.
+      if (options.end && !document.is_conversation) {
+        tokens.ids.push_back(*options.end);
+        tokens.weights.push_back(1.0f);
+      }
+      if (tokens.ids.size() > most) {
+        tokens.ids.resize(most);
+        tokens.weights.resize(most);
+      }
+      TrainRow row{std::move(tokens.ids)};
       if (!options.prompt_counts) {
-        row.weights.assign(row.ids.size(), 1.0f);
-        std::fill_n(row.weights.begin(), std::min(prompt, row.ids.size()), 0.0f);
-        if (prompt >= row.ids.size()) return true;  // nothing of the answer is left
+        const auto counts = [](float weight) { return weight > 0; };
+        // Nothing predicts a row's first token.
+        if (tokens.weights.size() < 2 ||
+            std::none_of(tokens.weights.begin() + 1, tokens.weights.end(), counts)) {
+          return true;  // nothing of the answers is left
+        }
+        row.weights = std::move(tokens.weights);
       }
       if (row.ids.size() > 1) rows.push_back(std::move(row));
       return true;

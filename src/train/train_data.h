@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/file.h"            // fs
-#include "text/text_source.h"     // TextSource
+#include "text/text_source.h"     // TextSource, ConversationEncoder
 #include "tokenizer/tokenizer.h"  // Tokenizer
 #include "train/train_batch.h"    // TrainBatch
 
@@ -28,11 +28,12 @@ std::vector<TrainRow> ReadTrainRows(const fs::path& path, bool keep_padding);
 struct TrainTextOptions {
   int64_t block_tokens = 512;
   std::string field = "text";
-  bool prompt_counts = false;       // prompts are learnt too
-  std::optional<int32_t> end = {};  // behind each answer
+  bool prompt_counts = false;             // prompts are learnt too
+  std::optional<int32_t> end = {};        // behind each answer to a prompt
+  ConversationEncoder conversation = {};  // of lines with `messages`; empty: they are refused
 };
 // Texts laid end to end, each with its first tokens, cut into rows (a shorter one at the end only
-// if it is the only one); prompts with answers are a row each, cut at its end.
+// if it is the only one); prompts with answers and conversations are a row each, cut at its end.
 std::vector<TrainRow> RowsOfText(const TextSource& source, const Tokenizer& tokenizer,
                                  const TrainTextOptions& options);
 

@@ -1,4 +1,4 @@
-#include "serve/stop_matcher.h"
+#include "generate/stop_matcher.h"
 
 #include <algorithm>
 

@@ -1,0 +1,207 @@
+// Packed weights as tiles of f32: their blocks hold 16 rows side by side, as a tile wants them, so
+// nothing is transposed. Included once per target by foreach_target.h, hence the toggled guard.
+#if defined(WINNOW_KERNELS_WIDEN_PACKED_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WINNOW_KERNELS_WIDEN_PACKED_INL_H_
+#undef WINNOW_KERNELS_WIDEN_PACKED_INL_H_
+#else
+#define WINNOW_KERNELS_WIDEN_PACKED_INL_H_
+#endif
+
+#include <algorithm>
+
+#include "kernels/packed_codes-inl.h"
+#include "kernels/simd-inl.h"
+#include "kernels/weight_matrix.h"  // WeightMatrix
+
+HWY_BEFORE_NAMESPACE();
+namespace winnow {
+namespace HWY_NAMESPACE {
+
+#if HWY_TARGET == HWY_SCALAR
+
+HWY_INLINE void WidenPackedTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                                int64_t columns, float* out) {
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < static_cast<int64_t>(kTileColumns); ++r) {
+      *out++ = first_row + r < w.rows
+                   ? LoadPackedValue(w.packed, w.cols, first_row + r, first_column + c, w.data)
+                   : 0.0f;
+    }
+  }
+}
+
+HWY_INLINE void WidenPackedPlainTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                                     int64_t rows, float* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < static_cast<int64_t>(kTileColumns); ++c) {
+      *out++ = first_column + c < w.cols
+                   ? LoadPackedValue(w.packed, w.cols, first_row + r, first_column + c, w.data)
+                   : 0.0f;
+    }
+  }
+}
+
+#else
+
+// What codes of a group become: (code as a number - zero) * scale + minimum, as LoadPackedValue.
+struct ChunkScale {
+  VF zero, scale, minimum;
+  bool asymmetric;
+};
+
+template <int kBits, bool kLog, class Store>
+HWY_INLINE void WidenVector(VU codes, const ChunkScale& how, const Store& store, int64_t column) {
+  const DF d;
+  const DI di;
+  const DU du;
+  const VU byte = hn::Set(du, 0xffu);
+  HWY_UNROLL(4)
+  for (int c = 0; c < 4; ++c) {
+    const VI level = hn::BitCast(di, hn::And(codes, byte));
+    VF value = hn::Mul(hn::Sub(hn::ConvertTo(d, level), how.zero), how.scale);
+    if (how.asymmetric) value = hn::Add(value, how.minimum);
+    store(column + c, value);
+    codes = hn::ShiftRight<8>(codes);
+  }
+}
+
+template <int kBits, bool kLog, int kV = 0, class Store>
+HWY_INLINE void WidenVectors(const std::byte* chunk, hn::Vec<hn::Repartition<uint8_t, DF> > levels,
+                             const ChunkScale& how, const Store& store) {
+  VU codes = Codes<kBits, kV>(chunk);
+  if constexpr (kLog) {
+    const hn::Repartition<uint8_t, DF> d8;
+    codes = hn::BitCast(DU(), hn::TableLookupBytes(levels, hn::BitCast(d8, codes)));
+  }
+  WidenVector<kBits, kLog>(codes, how, store, 4 * kV);
+  if constexpr (kV < 7) WidenVectors<kBits, kLog, kV + 1>(chunk, levels, how, store);
+}
+
+// store(column of 0..31, kLanes values) of rows lane.. of a block, for one chunk.
+template <int kBits, bool kLog, class Store>
+HWY_INLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
+                           const Store& store) {
+  const DF d;
+  const PackedFormat& format = w.packed;
+  const std::byte* bytes = w.data + static_cast<uint64_t>(block) * PackedBlockBytes(format, w.cols);
+  const int64_t group = chunk * kPackedChunkColumns / format.group_columns;
+  const int64_t groups = (w.cols + format.group_columns - 1) / format.group_columns;
+  const bool asymmetric = format.grid == PackedGrid::kAsymmetric;
+  ChunkScale how = {.zero = hn::Set(d, kLog         ? 128.0f
+                                       : asymmetric ? 0.0f
+                                                    : float(1 << (kBits - 1))),
+                    .scale = LoadHalves(bytes + (group * kPackedRows + lane) * 2),
+                    .minimum = hn::Zero(d),
+                    .asymmetric = asymmetric};
+  if constexpr (kLog) how.scale = hn::Mul(how.scale, hn::Set(d, 1.0f / 64));
+  if (asymmetric) {
+    how.minimum = LoadHalves(bytes + ((groups + group) * kPackedRows + lane) * 2);
+  }
+  const std::byte* codes = bytes + PackedCodesOffset(format, w.cols) + chunk * 64 * kBits;
+  WidenVectors<kBits, kLog>(codes + 4 * lane, LevelBytes(kLog ? kBits : 2, 128), how, store);
+}
+
+template <class Store>
+HWY_INLINE void WidenChunkOf(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
+                             const Store& store) {
+  const bool log = w.packed.grid == PackedGrid::kLogarithmic;
+  switch (w.packed.bits) {
+    case 2:
+      return log ? WidenChunk<2, true>(w, block, chunk, lane, store)
+                 : WidenChunk<2, false>(w, block, chunk, lane, store);
+    case 3:
+      return log ? WidenChunk<3, true>(w, block, chunk, lane, store)
+                 : WidenChunk<3, false>(w, block, chunk, lane, store);
+    case 4:
+      return log ? WidenChunk<4, true>(w, block, chunk, lane, store)
+                 : WidenChunk<4, false>(w, block, chunk, lane, store);
+    case 5:
+      return WidenChunk<5, false>(w, block, chunk, lane, store);
+    case 6:
+      return WidenChunk<6, false>(w, block, chunk, lane, store);
+    case 7:
+      return WidenChunk<7, false>(w, block, chunk, lane, store);
+    default:
+      return WidenChunk<8, false>(w, block, chunk, lane, store);
+  }
+}
+
+// Calls store(column, offset in the tile's row, values) for whole chunks of [first_column,
+// first_column + columns), a multiple of 32 and up to 31 columns more; zeros past W's last block.
+template <class Store>
+HWY_INLINE void ForPackedTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
+                              int64_t columns, const Store& store) {
+  const int64_t chunks = (columns + kPackedChunkColumns - 1) / kPackedChunkColumns;
+  const int64_t blocks = (w.rows + kPackedRows - 1) / kPackedRows;
+  for (int64_t at = 0; at < static_cast<int64_t>(kTileColumns);
+       at += static_cast<int64_t>(kLanes)) {
+    const int64_t block = (first_row + at) / kPackedRows, lane = (first_row + at) % kPackedRows;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t column = chunk * kPackedChunkColumns;
+      const auto to = [&](int64_t c, VF value) HWY_ATTR { store(column + c, at, value); };
+      if (block < blocks) {
+        WidenChunkOf(w, block, (first_column + column) / kPackedChunkColumns, lane, to);
+      } else {
+        for (int64_t c = 0; c < kPackedChunkColumns; ++c) to(c, hn::Zero(DF()));
+      }
+    }
+  }
+}
+
+HWY_NOINLINE inline void WidenPackedTile(const WeightMatrix& w, int64_t first_row,
+                                         int64_t first_column, int64_t columns, float* out) {
+  ForPackedTile(w, first_row, first_column, columns,
+                [out](int64_t column, int64_t at, VF value) HWY_ATTR {
+                  hn::Store(value, DF(), out + column * static_cast<int64_t>(kTileColumns) + at);
+                });
+}
+
+// Weights rounded to bf16, to nearest even, two columns in one unit as PairTile makes them.
+HWY_NOINLINE inline void PairPackedTile(const WeightMatrix& w, int64_t first_row,
+                                        int64_t first_column, int64_t columns, uint32_t* out) {
+  const DU d;
+  ForPackedTile(
+      w, first_row, first_column, columns, [&](int64_t column, int64_t at, VF value) HWY_ATTR {
+        const VU bits = hn::BitCast(d, value);
+        const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1u));
+        const VU rounded = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7fffu)));
+        uint32_t* to = out + column / 2 * static_cast<int64_t>(kTileColumns) + at;
+        if (column % 2 == 0) {
+          hn::Store(hn::ShiftRight<16>(rounded), d, to);
+        } else {
+          hn::Store(hn::Or(hn::Load(d, to), hn::And(rounded, hn::Set(d, 0xffff0000u))), d, to);
+        }
+      });
+}
+
+// What WidenPlainTile makes: rows side by side are taken apart through a chunk in memory.
+HWY_NOINLINE inline void WidenPackedPlainTile(const WeightMatrix& w, int64_t first_row,
+                                              int64_t first_column, int64_t rows, float* out) {
+  constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
+  HWY_ALIGN float values[kPackedChunkColumns * kPackedRows];
+  const int64_t chunk = first_column / kPackedChunkColumns;
+  const int64_t skipped = first_column % kPackedChunkColumns;
+  const int64_t columns = std::min(kColumns, w.cols - first_column);
+  for (int64_t row = first_row; row < first_row + rows;) {
+    const int64_t block = row / kPackedRows;
+    for (int64_t lane = 0; lane < kPackedRows; lane += static_cast<int64_t>(kLanes)) {
+      WidenChunkOf(w, block, chunk, lane, [&](int64_t c, VF value) HWY_ATTR {
+        hn::Store(value, DF(), values + c * kPackedRows + lane);
+      });
+    }
+    const int64_t end = std::min((block + 1) * kPackedRows, first_row + rows);
+    for (; row < end; ++row, out += kColumns) {
+      for (int64_t c = 0; c < kColumns; ++c) {
+        out[c] = c < columns ? values[(skipped + c) * kPackedRows + row % kPackedRows] : 0.0f;
+      }
+    }
+  }
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
+
+}  // namespace HWY_NAMESPACE
+}  // namespace winnow
+HWY_AFTER_NAMESPACE();
+
+#endif  // WINNOW_KERNELS_WIDEN_PACKED_INL_H_
