@@ -126,9 +126,9 @@ int ServeModel(Session& session, ServeFlags& flags, const Model& model, const To
     idle = true;
   });
   std::thread serving_thread([&] { server.Run(); });
-  const bool is_ipv6 = flags.server.host.find(':') != std::string::npos;
-  session.Print(fmt::format(is_ipv6 ? "listening on http://[{}]:{}" : "listening on http://{}:{}",
-                            flags.server.host, port));
+  const std::string& host = flags.server.host;
+  const bool is_ipv6 = host.find(':') != std::string::npos;
+  session.Print(fmt::format("listening on http://{}:{}", is_ipv6 ? "[" + host + "]" : host, port));
   session.Note(fmt::format("{} slot(s) of {} tokens, {} requests may wait; Ctrl-C stops",
                            options.slots, options.context_tokens, flags.queue));
   while (!g_interrupted) std::this_thread::sleep_for(kLook);
