@@ -131,6 +131,7 @@ int Main(int argc, char** argv) {
   AddFinetune(app, session);
   AddQuantize(app, session);
   AddRun(app, session);
+  AddServe(app, session);
   AddBench(app, session);
   AddTokenize(app, session);
   AddTrace(app, session);

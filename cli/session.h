@@ -133,6 +133,7 @@ void AddDoctor(CLI::App& app, Session& session);
 void AddTokenize(CLI::App& app, Session& session);
 void AddTrace(CLI::App& app, Session& session);
 void AddRun(CLI::App& app, Session& session);
+void AddServe(CLI::App& app, Session& session);
 void AddBench(CLI::App& app, Session& session);
 void AddObserve(CLI::App& app, Session& session);
 void AddStats(CLI::App& app, Session& session);

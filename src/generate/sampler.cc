@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "generate/generator.h"
 
@@ -23,8 +22,13 @@ int32_t SampleToken(std::span<const float> logits, const SamplingOptions& option
   if (options.temperature <= 0) {
     return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
   }
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
+  // Below this a token's share is less than exp(-40) of the likeliest: too little for any draw, and
+  // leaving it out spares sorting the whole vocabulary.
+  const float floor = *std::max_element(logits.begin(), logits.end()) - 40 * options.temperature;
+  std::vector<int32_t> order;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (!(logits[i] < floor)) order.push_back(static_cast<int32_t>(i));
+  }
   const auto higher = [&](int32_t a, int32_t b) {
     const float x = logits[static_cast<size_t>(a)], y = logits[static_cast<size_t>(b)];
     return x > y || (x == y && a < b);

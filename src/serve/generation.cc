@@ -1,0 +1,47 @@
+#include "serve/generation.h"
+
+namespace winnow {
+
+std::optional<SequenceEvent> Generation::Next(std::chrono::milliseconds patience) {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, patience,
+                    [&] { return !events_.empty() || failure_ || unfinished_ == 0; });
+  if (!events_.empty()) {
+    SequenceEvent event = std::move(events_.front());
+    events_.pop_front();
+    return event;
+  }
+  if (failure_) throw *failure_;
+  return {};
+}
+
+bool Generation::finished() const {
+  const std::lock_guard lock(mutex_);
+  return events_.empty() && unfinished_ == 0;
+}
+
+void Generation::Put(SequenceEvent event) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (failure_) return;
+    if (event.finished) --unfinished_;
+    events_.push_back(std::move(event));
+  }
+  changed_.notify_all();
+}
+
+void Generation::Fail(const ApiError& error) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (failure_ || unfinished_ == 0) return;
+    failure_.emplace(error);
+  }
+  changed_.notify_all();
+}
+
+bool Generation::failed() const {
+  const std::lock_guard lock(mutex_);
+  return failure_.has_value();
+}
+
+}  // namespace winnow
