@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./dev demo: removes a quarter of the experts of one bundled model, condenses two layers of another, and shows
+# ./dev demo: removes a quarter of the experts of one bundled model and quantises it, condenses two layers of another, and shows
 # what that saves and costs. Every command is printed before it runs; everything it writes is in demo-output/.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -73,6 +73,12 @@ for folder in "$condensed" "$tuned"; do
   "$winnow" eval ppl "$folder" --against "$routed" --text "${text[@]}" --tokens 2048 -q --json >"demo-output/eval-${folder##*/}.json"
 done
 
+printf '\n%s5. Four bits a weight in the pruned experts, eight in the rest, rounded on the same text%s\n' "$bold" "$plain"
+packed=demo-output/sample-keep6-4bit
+show "$winnow" quantize "$smaller" --experts 4bit --rest 8bit --calib "${calib[@]}" --blocks 24 --force -q -o "$packed"
+"$winnow" eval ppl "$packed" --against "$smaller" --text "${text[@]}" --tokens 2048 -q --json >demo-output/eval-packed.json
+"$winnow" inspect "$packed" --json >demo-output/inspect-packed.json
+
 printf '\n%sWhat it saved and what it cost%s\n' "$bold" "$plain"
 {
   echo "|original|pruned"
@@ -92,10 +98,15 @@ printf '\n%sWhat it saved and what it cost%s\n' "$bold" "$plain"
 mean_increase() { sed 's/"difference":{"nll":/\n&/g' "$1" | awk -F'[:,]' '/^"difference"/ { sum += $3; n += 1 } END { printf "%+.3f", sum / n }'; }
 printf '  two layers condensed: nll %s; after 10 steps of learning: %s (demo-output/loss.svg)\n' \
   "$(mean_increase demo-output/eval-deepseek-condensed.json)" "$(mean_increase demo-output/eval-deepseek-tuned.json)"
+printf '  pruned and quantised: %s of weights, nll %s beside the pruned one in bf16\n' \
+  "$(mib "$(json_number bytes demo-output/inspect-packed.json)")" "$(mean_increase demo-output/eval-packed.json)"
 printf '  original: %s\n  pruned:   %s\n' "$(words "$model")" "$(words "$smaller")"
 printf '  (pruned in %s s with %s of memory; the demo took %s s)\n' \
   "$(json_number seconds "$report" | awk '{ printf "%.1f", $1 }')" "$(mib "$(json_number peak_rss_bytes "$report")")" \
   "$(seconds_since "$started")"
+
+printf '\n%sThe pruned, quantised model completes a line%s\n' "$bold" "$plain"
+show "$winnow" run "$packed" -p "The old man" -n 24 --temp 0.7 --top-k 20 --seed 1 --stats
 
 cat <<END
 
@@ -103,6 +114,8 @@ ${bold}Next${plain}
   $winnow doctor                          what this machine offers, and what it cannot do
   $winnow inspect /path/to/your/model     any Mixtral, Qwen-MoE, OLMoE or DeepSeek-MoE checkpoint: its sizes
   $winnow compress MODEL --keep 6 --calib your-text.txt -o SMALLER
+  $winnow quantize SMALLER --experts 4bit --rest 8bit --calib your-text.txt -o PACKED
+  $winnow serve PACKED                    OpenAI's interface and a page to chat on http://127.0.0.1:8080
   $winnow observe MODEL --calib your-text.txt -o STATS   once; then plan and apply as often as you like
   $winnow --help
 END
