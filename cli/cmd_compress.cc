@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/units.h"
 #include "calibration.h"
+#include "compressing.h"
 #include "evaluation.h"
 #include "healing.h"
 #include "methods/naee.h"
@@ -19,45 +20,10 @@
 #include "planning.h"
 #include "pruning.h"
 #include "session.h"
+#include "sizing.h"
 
 namespace winnow::cli {
 namespace {
-
-// In OUT.work: OUT is an older checkpoint that this run replaces.
-constexpr const char* kReplacesName = "replaces";
-// In OUT.work: a checkpoint that is measured before it becomes OUT.
-constexpr const char* kCandidateName = "candidate";
-
-struct CompressFlags {
-  std::string model, output, protocol = "bos-512", target = "transformers", budget = "uniform",
-                             size, max_increase;
-  CalibrationFlags calibration;
-  std::vector<std::string> texts;
-  ObserveOptions observe;
-  int64_t keep = 0, max_tokens = 8192;
-  double active = 0;
-  bool progressive = false, keep_stats = false, no_heal = false;
-
-  // What decides how much goes.
-  bool searches() const { return keep == 0 && active == 0; }
-  bool prunes() const { return keep > 0 || searches(); }
-};
-
-// "5%" -> 0.05
-double ParseIncrease(const std::string& text) {
-  size_t used = 0;
-  double percent = -1;
-  try {
-    percent = std::stod(text, &used);
-  } catch (const std::exception&) {
-    used = 0;
-  }
-  if (used == 0 || text.substr(used) != "%" || !(percent >= 0) || percent > 1e6) {
-    throw UsageError(fmt::format("--max-ppl-increase: \"{}\" is not a percentage", text),
-                     "e.g. --max-ppl-increase 5%");
-  }
-  return percent / 100;
-}
 
 void CheckFlags(const CompressFlags& flags) {
   if (flags.keep > 0 && !flags.size.empty()) {
@@ -107,14 +73,6 @@ struct Candidate {
   Healing healing;
   std::optional<double> increase = {};
 };
-
-// What an interrupted, a refused or a --keep-stats run leaves: nothing but these.
-bool IsOfWork(const std::string& name) {
-  return name == "stats" || name == "stats.partial" || IsNumbered(name, "stats-of-") ||
-         IsNumbered(name, "healed-") || name == kCandidateName ||
-         name == std::string(kCandidateName) + ".partial" || name == kReplacesName ||
-         name.ends_with(".spill");
-}
 
 // The most survivors of every layer: one expert less than the smallest has.
 int64_t MostKept(const StatsInfo& info) {
@@ -378,7 +336,16 @@ void RequireIncrease(const CompressFlags& flags, double increase) {
 }
 
 int RunCompress(Session& session, CompressFlags& flags) {
+  const bool all_means = SizesByAllMeans(flags);
+  if (flags.target.empty()) flags.target = all_means ? "winnow" : "transformers";
   CheckFlags(flags);
+  CheckSizingFlags(flags);
+  if (all_means) return RunSizing(session, flags);
+  if (!flags.size.empty() && flags.target != "winnow") {
+    session.Note(fmt::format(
+        "--size for {}: experts are dropped; fewer bits and condensed layers need --target winnow",
+        flags.target));
+  }
   const fs::path work = flags.output + ".work";
   ClaimWorkFolder(work, session.flags, IsOfWork);
   // Interrupted while evaluating: the checkpoint is complete, only its measurements are missing.
@@ -437,31 +404,12 @@ int RunCompress(Session& session, CompressFlags& flags) {
                      "repeat the command as it was, or start again with --force");
   }
   const double pruned_seconds = session.seconds();
-  std::vector<EvalRow> rows;
-  std::string skipping;
-  if (!flags.texts.empty()) {
-    const std::string spill = work.string();
-    const Model smaller = Model::Open(flags.output);
-    const auto before =
-        Evaluate(session, model, texts, {.skip_betas = SkippingOf(model, "", false)}, spill).texts;
-    const EvalResults pruned =
-        Evaluate(session, smaller, texts, {.skip_betas = SkippingOf(smaller, "", false)}, spill);
-    const std::vector<PerplexityResult>& after = pruned.texts;
-    if (pruned.skipping) skipping = DescribeSkipping(smaller, *pruned.skipping);
-    for (size_t i = 0; i < texts.size(); ++i) rows.push_back({texts[i].name, after[i], before[i]});
-    std::string measured = fmt::format(
-        "Protocol `{}`: {}.\n\n| text | tokens | original | pruned | d nll +- s.e. |\n"
-        "|---|--:|--:|--:|--:|\n",
-        protocol.name, protocol.description);
-    for (const EvalRow& row : rows) {
-      const PairedDifference d = Compare(*row.original, row.result);
-      measured += fmt::format("| {} | {} | {:.3f} | {:.3f} | {:+.4f} +- {} |\n", row.name,
-                              FormatCount(static_cast<uint64_t>(row.result.tokens)),
-                              row.original->perplexity, row.result.perplexity, d.nll,
-                              FormatStandardError(d.standard_error));
-    }
+  TextMeasurements measured;
+  if (!texts.empty()) {
+    measured =
+        MeasureTexts(session, model, Model::Open(flags.output), texts, protocol, work.string());
     WriteFileAtomically(fs::path(flags.output) / CardFileName(model.checkpoint()),
-                        ModelCard(plan, rewrite, CardChanges(options), measured));
+                        ModelCard(plan, rewrite, CardChanges(options), measured.card));
   }
   if (!flags.keep_stats) fs::remove_all(work);
   if (session.flags.json) {
@@ -475,7 +423,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
                         {"plan", PlanToJson(plan)}};
     if (!flags.no_heal) json["healing"] = chosen.healing.json;
     if (chosen.increase) json["judged_increase"] = *chosen.increase;
-    if (!rows.empty()) json["eval"] = EvalJson(rows, flags.protocol);
+    if (!measured.rows.empty()) json["eval"] = EvalJson(measured.rows, flags.protocol);
     session.PrintJson(json);
     return 0;
   }
@@ -486,14 +434,7 @@ int RunCompress(Session& session, CompressFlags& flags) {
       chosen.keep, info.layers.front().num_experts, flags.budget == "uneven" ? " on average" : ""));
   session.Print(fmt::format("pruned in {}, peak memory {}", FormatSeconds(pruned_seconds),
                             FormatBytes(PeakResidentBytes())));
-  if (!rows.empty()) {
-    session.Print(EvalTable(rows, flags.protocol));
-    if (!skipping.empty()) session.Print(skipping);
-  } else {
-    session.Note(fmt::format(
-        "nothing was measured: winnow eval ppl {} --text FILE --against {} compares the two",
-        flags.output, flags.model));
-  }
+  PrintMeasurements(session, measured, flags);
   return 0;
 }
 
@@ -506,7 +447,16 @@ void AddCompress(CLI::App& app, Session& session) {
   verb->add_option("MODEL", flags->model, "Checkpoint folder")->required();
   verb->add_option("--keep", flags->keep, "Experts to keep in each layer")
       ->check(WholeNumberFrom(1));
-  verb->add_option("--size", flags->size, "Keep as many as fit, e.g. 9G of weights");
+  verb->add_option(
+      "--size", flags->size,
+      "All weight files take this much at most, e.g. 9G: by dropping experts, condensing\n"
+      "layers and fewer bits, whichever loses least (--target winnow, the default\n"
+      "here); for other targets, and with --active or --budget, by dropping alone");
+  verb->add_option("--means", flags->means,
+                   "With --size: what may be tried, of drop,condense,bits (default: all)");
+  verb->add_option("--bits-of-rest", flags->bits_of_rest,
+                   "With --size and bits: format of attention, shared expert, dense layers and\n"
+                   "lm_head, or stored (default 8bit)");
   verb->add_option("--max-ppl-increase", flags->max_increase,
                    "e.g. 5%: alone, keep as few as pass on the judging tenth of the calibration\n"
                    "text; beside the others, refuse (exit 5) what does not pass");
@@ -527,7 +477,8 @@ void AddCompress(CLI::App& app, Session& session) {
                    "Sequences in a batch of the published loss (default 8)")
       ->check(WholeNumberFrom(1));
   verb->add_option("--target", flags->target,
-                   "Loader the result must satisfy: transformers, vllm, llama.cpp, winnow");
+                   "Loader the result must satisfy: transformers, vllm, llama.cpp, winnow\n"
+                   "(default: winnow with --size, else transformers)");
   verb->add_option("--budget", flags->budget,
                    "uniform, or uneven: R x layers survivors in all, if held-out text confirms it")
       ->check(CLI::IsMember({"uniform", "uneven"}));

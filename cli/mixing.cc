@@ -12,36 +12,13 @@
 #include "condensing.h"
 #include "healing.h"
 #include "methods/layer_budget.h"
-#include "methods/naee_search.h"
 #include "observe/layer_stats.h"
 
 namespace winnow::cli {
 namespace {
 
-// What healing leaves of a pruned layer's squared error: 0.43 to 0.53 on sample-deepseek, where the
-// nll of healed models was compared with the errors planned (docs/METHODS.md). A condensed layer's
-// error is after its refit already.
-constexpr double kHealedShare = 0.45;
 // Tokens on which the layers' weights are measured.
 constexpr int64_t kSensitivityTokens = 12288;
-
-// Experts' worth over all layers that fit a size.
-int64_t TotalWithin(const Model& model, const StatsInfo& info, const std::string& size) {
-  const uint64_t bytes = ParseBytes(size, "--size");
-  uint64_t rest = model.checkpoint().total_bytes();
-  int64_t experts = 0;
-  for (const StatsLayer& layer : info.layers) {
-    rest -= std::min(rest, layer.expert_bytes * static_cast<uint64_t>(layer.num_experts));
-    experts += layer.num_experts;
-  }
-  const uint64_t each = info.layers.front().expert_bytes;
-  if (bytes < rest + each) {
-    throw UsageError(
-        fmt::format("--size {}: {} of the weights are not in experts", size, FormatBytes(rest)),
-        "give a larger size");
-  }
-  return std::min(experts, static_cast<int64_t>((bytes - rest) / std::max<uint64_t>(each, 1)));
-}
 
 void CheckMix(const StatsInfo& info, const CondenseStats& neurons, const Model& model) {
   CheckCondenseStats(neurons, model);
@@ -78,15 +55,15 @@ TokenSet Thinned(const TokenSet& tokens, int64_t target) {
 // How much an error of each layer moves the next-token distribution: KL of the logits with that
 // layer condensed to a sixth of its experts, not refitted, by the error that leaves of its stream.
 std::vector<double> Sensitivities(Session& session, const Model& model,
-                                  const CondenseStats& neurons, const MixChoice& choice) {
-  const TokenSet tokens =
-      Thinned(ReadSearchTokens(choice.neuron_stats, neurons), kSensitivityTokens);
+                                  const CondenseStats& neurons, const std::string& neuron_stats,
+                                  const std::string& spill_folder) {
+  const TokenSet tokens = Thinned(ReadSearchTokens(neuron_stats, neurons), kSensitivityTokens);
   const auto width_of = [&](const CondenseLayer& layer) {
     return std::min(neurons.max_experts, std::max<int64_t>(1, layer.num_experts / 6));
   };
   const LayerSearchOptions options{.compute = session.compute(),
                                    .memory_budget_bytes = session.memory_budget(),
-                                   .spill_folder = choice.spill_folder};
+                                   .spill_folder = spill_folder};
   const LayerSearchPlan plan =
       PlanLayerSearch(model, tokens, options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "plan");
@@ -106,87 +83,100 @@ std::vector<double> Sensitivities(Session& session, const Model& model,
   return sensitivities;
 }
 
-// What the decision rests on.
-struct MixInput {
-  const StatsInfo& info;
-  CondenseStats neurons;
-  int64_t total = 0;
-  std::vector<double> sensitivities = {};
-  std::vector<std::vector<NaeeSet>> curves = {};
-};
-// Factors of the errors of pruned and of condensed layers; infinite: not at all.
-struct MixWeights {
-  double pruning = 1, condensing = 1;
-};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-MixInput GatherMix(Session& session, const fs::path& stats, const StatsInfo& info,
-                   const MixChoice& choice, const Model& model) {
-  if (!IsCondenseStats(choice.neuron_stats)) {
-    throw UsageError(
-        fmt::format("--with {}: not statistics of observe --method condense", choice.neuron_stats),
-        "observe the model with --method condense");
-  }
-  MixInput input{.info = info, .neurons = ReadCondenseStats(choice.neuron_stats)};
-  CheckMix(info, input.neurons, model);
-  input.total = choice.total > 0 ? choice.total : TotalWithin(model, info, choice.size);
+int64_t AllExperts(const StatsInfo& info) {
   int64_t experts = 0;
   for (const StatsLayer& layer : info.layers) experts += layer.num_experts;
-  if (input.total > experts) {
-    throw UsageError(
-        fmt::format("--total {}: the model has {} experts over all layers", input.total, experts),
-        "say how many are to be left");
+  return experts;
+}
+
+}  // namespace
+
+int64_t TotalWithin(const Model& model, const StatsInfo& info, const std::string& size) {
+  const uint64_t bytes = ParseBytes(size, "--size");
+  uint64_t rest = model.checkpoint().total_bytes();
+  int64_t experts = 0;
+  for (const StatsLayer& layer : info.layers) {
+    rest -= std::min(rest, layer.expert_bytes * static_cast<uint64_t>(layer.num_experts));
+    experts += layer.num_experts;
   }
+  const uint64_t each = info.layers.front().expert_bytes;
+  if (bytes < rest + each) {
+    throw UsageError(
+        fmt::format("--size {}: {} of the weights are not in experts", size, FormatBytes(rest)),
+        "give a larger size");
+  }
+  return std::min(experts, static_cast<int64_t>((bytes - rest) / std::max<uint64_t>(each, 1)));
+}
+
+MixPlanner::MixPlanner(Session& session, const Model& model, const StatsInfo& info,
+                       const fs::path& stats, const std::string& neuron_stats,
+                       const std::string& spill_folder)
+    : model_(model), info_(info), sensitivities_(info.layers.size(), 1.0) {
   NaeeOptions options{.keep = info.num_experts_per_tok};
   options.memory_budget_bytes = RequirePlanMemory(session, info, options);
-  input.sensitivities = Sensitivities(session, model, input.neurons, choice);
+  if (!neuron_stats.empty()) {
+    neurons_ = ReadCondenseStats(neuron_stats);
+    CheckMix(info, *neurons_, model);
+    sensitivities_ = Sensitivities(session, model, *neurons_, neuron_stats, spill_folder);
+  }
   for (size_t i = 0; i < info.layers.size(); ++i) {
     const StatsLayer& layer = info.layers[i];
     const LayerStatsReader records(stats, info, layer);
-    input.curves.push_back(NaeeCurve(records, info, layer,
-                                     {NaeeObjective::kStream, options.memory_budget_bytes, {}},
-                                     info.num_experts_per_tok, session.pool(), session.control()));
+    curves_.push_back(NaeeCurve(records, info, layer,
+                                {NaeeObjective::kStream, options.memory_budget_bytes, {}},
+                                info.num_experts_per_tok, session.pool(), session.control()));
     ReportPlanned(session, info, i);
   }
-  return input;
 }
 
-CompressionPlan DecideMix(const MixInput& input, const MixWeights& weights, const Model& model) {
-  const StatsInfo& info = input.info;
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  std::vector<std::vector<double>> pruned, costs;
-  for (size_t i = 0; i < info.layers.size(); ++i) {
-    const StatsLayer& layer = info.layers[i];
-    const auto counts = static_cast<size_t>(layer.num_experts) + 1;
-    pruned.emplace_back(counts, kInfinity);
-    pruned.back().back() = 0;
-    for (const NaeeSet& set : input.curves[i]) {
+std::vector<std::vector<double>> MixPlanner::PruningCosts(const MixWeights& weights) const {
+  std::vector<std::vector<double>> costs;
+  for (size_t i = 0; i < info_.layers.size(); ++i) {
+    costs.emplace_back(static_cast<size_t>(info_.layers[i].num_experts) + 1, kInfinity);
+    costs.back().back() = 0;
+    if (weights.pruning == kInfinity) continue;
+    for (const NaeeSet& set : curves_[i]) {
       const double error = set.weight > 0 ? set.loss / set.weight : 0.0;
-      if (weights.pruning < kInfinity) {
-        pruned.back()[set.kept.size()] = input.sensitivities[i] * weights.pruning * error;
-      }
-    }
-    costs.push_back(pruned.back());
-    const std::vector<double>& widths = input.neurons.layers[i].width_errors;
-    const bool shared = model.config().layers[static_cast<size_t>(layer.layer)].shared_width > 0;
-    const size_t most = weights.condensing < kInfinity ? std::min(counts, widths.size()) : 0;
-    for (size_t w = shared ? 0 : 1; w < most; ++w) {
-      costs.back()[w] =
-          std::min(costs.back()[w], input.sensitivities[i] * weights.condensing * widths[w]);
+      costs.back()[set.kept.size()] = sensitivities_[i] * weights.pruning * error;
     }
   }
-  const std::vector<int64_t> left = DivideSurvivors(costs, input.total);
+  return costs;
+}
+
+std::vector<std::vector<double>> MixPlanner::AllCosts(
+    const std::vector<std::vector<double>>& pruned, const MixWeights& weights) const {
+  std::vector<std::vector<double>> costs = pruned;
+  if (!neurons_ || weights.condensing == kInfinity) return costs;
+  for (size_t i = 0; i < costs.size(); ++i) {
+    const std::vector<double>& widths = neurons_->layers[i].width_errors;
+    const auto decoder_layer = static_cast<size_t>(info_.layers[i].layer);
+    const bool shared = model_.config().layers[decoder_layer].shared_width > 0;
+    for (size_t w = shared ? 0 : 1; w < std::min(costs[i].size(), widths.size()); ++w) {
+      costs[i][w] = std::min(costs[i][w], sensitivities_[i] * weights.condensing * widths[w]);
+    }
+  }
+  return costs;
+}
+
+CompressionPlan MixPlanner::Decide(int64_t total, const MixWeights& weights) const {
+  const std::vector<std::vector<double>> pruned = PruningCosts(weights);
+  const std::vector<std::vector<double>> costs = AllCosts(pruned, weights);
+  const std::vector<int64_t> left = DivideSurvivors(costs, total);
   CompressionPlan plan;
   plan.method = "mix";
   plan.search = "least error for its bytes, layer by layer";
-  plan.objective = "error of the stream times its effect on the logits";
-  plan.model_type = info.model_type;
-  plan.model_fingerprint = info.model_fingerprint;
+  plan.objective = neurons_ ? "error of the stream times its effect on the logits"
+                            : NaeeObjectiveName(NaeeObjective::kStream);
+  plan.model_type = info_.model_type;
+  plan.model_fingerprint = info_.model_fingerprint;
   plan.target = "winnow";
-  plan.sources = SourceNames(info);
-  plan.calibration_tokens = info.num_tokens();
-  plan.bytes_before = model.checkpoint().total_bytes();
-  for (size_t i = 0; i < info.layers.size(); ++i) {
-    const StatsLayer& layer = info.layers[i];
+  plan.sources = SourceNames(info_);
+  plan.calibration_tokens = info_.num_tokens();
+  plan.bytes_before = model_.checkpoint().total_bytes();
+  for (size_t i = 0; i < info_.layers.size(); ++i) {
+    const StatsLayer& layer = info_.layers[i];
     const auto count = static_cast<size_t>(left[i]);
     LayerPlan entry;
     entry.layer = layer.layer;
@@ -194,38 +184,45 @@ CompressionPlan DecideMix(const MixInput& input, const MixWeights& weights, cons
     entry.num_experts = layer.num_experts;
     entry.loss = costs[i][count];
     if (costs[i][count] < pruned[i][count]) {
-      entry.condensed =
-          CondensedOf(input.neurons, input.neurons.layers[i], left[i], model.config());
+      entry.condensed = CondensedOf(*neurons_, neurons_->layers[i], left[i], model_.config());
       entry.kept = entry.condensed->experts;
     } else if (left[i] == layer.num_experts) {
       entry.kept = OtherExperts({}, layer.num_experts);
     } else {
-      entry.kept = input.curves[i].at(static_cast<size_t>(layer.num_experts - 1 - left[i])).kept;
+      entry.kept = curves_[i].at(static_cast<size_t>(layer.num_experts - 1 - left[i])).kept;
     }
     entry.dropped = OtherExperts(entry.kept, layer.num_experts);
     plan.layers.push_back(std::move(entry));
   }
-  plan.bytes_after = PlanRewrite(model, plan, {}).bytes_after;
+  plan.bytes_after = PlanRewrite(model_, plan, {}).bytes_after;
   return plan;
 }
-
-}  // namespace
 
 CompressionPlan MakeMixedPlan(Session& session, const fs::path& stats, const StatsInfo& info,
                               const MixChoice& choice, const std::vector<SourceBlocks>& calibration,
                               const fs::path& work) {
   const Model model = Model::Open(choice.model);
-  const MixInput input = GatherMix(session, stats, info, choice, model);
-  if (calibration.empty()) return DecideMix(input, {kHealedShare, 1}, model);
+  if (!IsCondenseStats(choice.neuron_stats)) {
+    throw UsageError(
+        fmt::format("--with {}: not statistics of observe --method condense", choice.neuron_stats),
+        "observe the model with --method condense");
+  }
+  const int64_t total = choice.total > 0 ? choice.total : TotalWithin(model, info, choice.size);
+  if (total > AllExperts(info)) {
+    throw UsageError(fmt::format("--total {}: the model has {} experts over all layers", total,
+                                 AllExperts(info)),
+                     "say how many are to be left");
+  }
+  const MixPlanner planner(session, model, info, stats, choice.neuron_stats, choice.spill_folder);
+  if (calibration.empty()) return planner.Decide(total, {kHealedShare, 1});
   // Errors predict the nll of neither kind exactly: what each weighing gives is healed, and the one
   // with the least nll on sequences that no fit has seen is taken.
-  constexpr double kNever = std::numeric_limits<double>::infinity();
   struct Candidate {
     const char* name;
     MixWeights weights;
   };
   std::optional<CompressionPlan> best;
-  double least = kNever;
+  double least = kInfinity;
   // Gone however this ends: what is healed here is only compared.
   struct Remove {
     const fs::path& folder;
@@ -236,11 +233,11 @@ CompressionPlan MakeMixedPlan(Session& session, const fs::path& stats, const Sta
   } const remove{work};
   for (const Candidate& candidate : {Candidate{"the mix", {kHealedShare, 1}},
                                      Candidate{"a mix that condenses more", {2 * kHealedShare, 1}},
-                                     Candidate{"pruning alone", {kHealedShare, kNever}},
-                                     Candidate{"condensing alone", {kNever, 1}}}) {
+                                     Candidate{"pruning alone", {kHealedShare, kInfinity}},
+                                     Candidate{"condensing alone", {kInfinity, 1}}}) {
     std::optional<CompressionPlan> plan;
     try {
-      plan = DecideMix(input, candidate.weights, model);
+      plan = planner.Decide(total, candidate.weights);
     } catch (const UsageError&) {
       continue;  // this kind alone cannot fill the budget
     }

@@ -21,17 +21,6 @@ CalibrateOptions MakeOptions(const Session& session, const QuantizingFlags& flag
           .memory_budget_bytes = session.memory_budget()};
 }
 
-std::vector<PackedFormat> Candidates(const PackedFormat& base) {
-  std::vector<PackedFormat> candidates;
-  for (const int bits : {2, 3, 4, 5, 6, 8}) {
-    PackedFormat format = base;
-    format.bits = bits;
-    if (format.grid == PackedGrid::kLogarithmic && bits > 4) continue;
-    candidates.push_back(format);
-  }
-  return candidates;
-}
-
 // For every MoE layer and expert: tokens times the square of their mean routing weight, as a share
 // of all tokens. All alike without statistics.
 std::vector<std::vector<double>> ExpertUse(const Model& model, const std::string& stats) {
@@ -90,19 +79,30 @@ std::vector<LayerErrors> AlikeErrors(const Model& model,
   return all;
 }
 
-std::string BitsTable(const QuantizePlan& plan, const std::vector<PackedFormat>& candidates) {
-  std::string table = "  bits of experts:";
-  for (const PackedFormat& format : candidates) {
-    int64_t count = 0;
-    for (const LayerFormats& layer : plan.layers) {
-      count += std::count(layer.experts.begin(), layer.experts.end(), format);
-    }
-    if (count > 0) table += fmt::format("  {} x {}", count, PackedFormatName(format));
+}  // namespace
+
+std::vector<PackedFormat> ExpertCandidates(const PackedFormat& base) {
+  std::vector<PackedFormat> candidates;
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
+    PackedFormat format = base;
+    format.bits = bits;
+    if (format.grid == PackedGrid::kLogarithmic && bits > 4) continue;
+    candidates.push_back(format);
   }
-  return table;
+  return candidates;
 }
 
-}  // namespace
+std::vector<std::pair<std::string, int64_t>> CountFormats(const QuantizePlan& plan) {
+  std::map<std::pair<int, std::string>, int64_t> counts;
+  for (const LayerFormats& layer : plan.layers) {
+    for (const PackedFormat& format : layer.experts) {
+      if (!format.empty()) ++counts[{format.bits, PackedFormatName(format)}];
+    }
+  }
+  std::vector<std::pair<std::string, int64_t>> ordered;
+  for (const auto& [format, count] : counts) ordered.emplace_back(format.second, count);
+  return ordered;
+}
 
 void AddQuantizingFlags(CLI::App& verb, QuantizingFlags& flags) {
   AddCalibrationFlags(verb, flags.calibration, false);
@@ -120,7 +120,7 @@ void AddQuantizingFlags(CLI::App& verb, QuantizingFlags& flags) {
 QuantizePlan PlanForSize(Session& session, const Model& model, const QuantizePlan& plan,
                          const PackedFormat& base, const QuantizingFlags& flags,
                          const std::string& output, Quantizing& quantizing) {
-  const std::vector<PackedFormat> candidates = Candidates(base);
+  const std::vector<PackedFormat> candidates = ExpertCandidates(base);
   const uint64_t size = ParseBytes(flags.size, "--size");
   const QuantizePlan alike =
       AllocateToSize(model, plan, candidates, AlikeErrors(model, candidates), size, nullptr);
@@ -150,7 +150,11 @@ QuantizePlan PlanForSize(Session& session, const Model& model, const QuantizePla
       fmt::format("bits of each expert by errors {}: {:.3g} of the error of {} throughout", how,
                   share, PackedFormatName(uniform));
   session.Note(summary);
-  session.Note(BitsTable(result, candidates));
+  std::string bits = "  bits of experts:";
+  for (const auto& [format, count] : CountFormats(result)) {
+    bits += fmt::format("  {} x {}", count, format);
+  }
+  session.Note(bits);
   quantizing.method += summary + "; ";
   quantizing.json["size"] = size;
   quantizing.json["error_of_uniform"] = share;

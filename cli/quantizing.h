@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "calibration.h"              // CalibrationFlags
@@ -27,6 +28,11 @@ struct Quantizing {
   std::string method;                 // for the card
   OrderedJson json = OrderedJson::object();
 };
+
+// The formats an expert may get: 2 to 8 bits, otherwise as `base`.
+std::vector<PackedFormat> ExpertCandidates(const PackedFormat& base);
+// How many experts have which packed format, from few bits to many.
+std::vector<std::pair<std::string, int64_t>> CountFormats(const QuantizePlan& plan);
 
 // The plan with bits for each expert so that all files take --size; `base` has the grid and group
 // that all candidates share. Measures on the sources, or else by weights and --stats.

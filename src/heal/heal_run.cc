@@ -434,6 +434,29 @@ ScoredWindows JudgingSequences(const std::vector<SourceBlocks>& sources) {
   return plan.confirm;
 }
 
+std::vector<SourceBlocks> FittingSequences(const std::vector<SourceBlocks>& sources) {
+  std::vector<SourceBlocks> fitting;
+  for (const SourceBlocks& source : sources) {
+    const TokenSequences& all = source.sequences;
+    SourceBlocks rest{.name = source.name, .sequences = {}};
+    rest.sequences.offsets.push_back(0);
+    for (int64_t i = 0; i < all.size(); ++i) {
+      const auto begin = all.offsets[static_cast<size_t>(i)];
+      const auto end = all.offsets[static_cast<size_t>(i) + 1];
+      if (i % kConfirmEvery == kConfirmAt && end - begin > 1) continue;
+      rest.sequences.ids.insert(rest.sequences.ids.end(), all.ids.begin() + begin,
+                                all.ids.begin() + end);
+      if (!all.weights.empty()) {
+        rest.sequences.weights.insert(rest.sequences.weights.end(), all.weights.begin() + begin,
+                                      all.weights.begin() + end);
+      }
+      rest.sequences.offsets.push_back(static_cast<int64_t>(rest.sequences.ids.size()));
+    }
+    fitting.push_back(std::move(rest));
+  }
+  return fitting;
+}
+
 HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
                   const HealOptions& options, int num_threads) {
   HealPlan plan;

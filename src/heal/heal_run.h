@@ -51,6 +51,8 @@ struct HealPlan {
 // The sequences of calibration that only judge, for others who compare models on them. UsageError
 // if there are none.
 ScoredWindows JudgingSequences(const std::vector<SourceBlocks>& sources);
+// The calibration without them, for fits that are judged by them.
+std::vector<SourceBlocks> FittingSequences(const std::vector<SourceBlocks>& sources);
 // ResourceError if no way to hold it fits the budget, UsageError if there are too few sequences.
 HealPlan PlanHeal(const Model& model, const std::vector<SourceBlocks>& sources,
                   const HealOptions& options, int num_threads);

@@ -1,0 +1,292 @@
+#include "sizing_candidates.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <sstream>
+
+#include "apply/checkpoint_rewriter.h"
+#include "base/error.h"
+#include "base/units.h"
+#include "mixing.h"
+#include "quantize/packed_layout.h"
+#include "quantizing.h"
+
+namespace winnow::cli {
+namespace {
+
+// Experts' worth left that are tried where bits make up the rest of the size, as shares of all.
+constexpr double kSharesLeft[] = {1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+uint64_t BytesIn(const PackedFormat& format, const FeedForwardSlices& expert) {
+  return PackedBytes(format, expert.gate.rows, expert.gate.cols) +
+         PackedBytes(format, expert.up.rows, expert.up.cols) +
+         PackedBytes(format, expert.down.rows, expert.down.cols);
+}
+
+// Predicts what bits cost for experts that are left, from errors measured once with all of them.
+class BitsPredictor {
+ public:
+  BitsPredictor(Session& session, const Model& model, const StatsInfo& info,
+                const SizeRequest& request, const std::vector<SourceBlocks>& fitting)
+      : model_(model), info_(info), request_(request), formats_(ExpertCandidates(request.experts)) {
+    PackedFormat fewest = formats_.front();
+    const QuantizePlan smallest = UniformQuantizePlan(model, fewest, request.rest);
+    CheckQuantizePlan(model, smallest);
+    for (const PackedShard& shard : LayOutPacked(model, smallest)) rest_bytes_ += shard.bytes;
+    for (const StatsLayer& layer : info.layers) {
+      for (const FeedForwardSlices& expert : ExpertsOf(layer)) {
+        rest_bytes_ -= std::min(rest_bytes_, BytesIn(fewest, expert));
+      }
+    }
+    const CalibrateOptions options{.compute = session.compute(),
+                                   .memory_budget_bytes = session.memory_budget()};
+    const CalibratePlan plan =
+        PlanCalibrate(model, fitting, smallest, options, session.pool().num_threads());
+    session.RequireMemory(plan.memory, "measure");
+    errors_ =
+        MeasureExpertErrors(model, formats_, options, plan, request.spill_folder / "measure.spill",
+                            session.pool(), session.control());
+    session.FinishProgress();
+    num_tokens_ = static_cast<double>(std::max<int64_t>(plan.tokens.num_tokens(), 1));
+  }
+
+  // Of all but the experts that the plan keeps under a router.
+  uint64_t RestBytes(const CompressionPlan& plan) const {
+    uint64_t bytes = rest_bytes_;
+    for (size_t i = 0; i < plan.layers.size(); ++i) {
+      const LayerPlan& layer = plan.layers[i];
+      if (!layer.condensed) continue;
+      const FeedForwardSlices& expert = ExpertsOf(info_.layers[i]).front();
+      const uint64_t each =
+          request_.rest.empty() ? info_.layers[i].expert_bytes : BytesIn(request_.rest, expert);
+      bytes += each * static_cast<uint64_t>(WorthOf(layer));
+    }
+    return bytes;
+  }
+
+  // All files with the fewest bits.
+  uint64_t SmallestBytes(const CompressionPlan& plan) const {
+    uint64_t bytes = RestBytes(plan);
+    for (const AllocationItem& item : Items(plan)) bytes += item.bytes.front();
+    return bytes;
+  }
+
+  // The least error within the size, by layer, weighed by `sensitivities`.
+  double Cost(const CompressionPlan& plan, const std::vector<double>& sensitivities) const {
+    std::vector<size_t> layers;
+    const std::vector<AllocationItem> items = Items(plan, &layers);
+    const Allocation found = AllocateBits(items, request_.bytes - RestBytes(plan));
+    double cost = 0;
+    for (size_t i = 0; i < found.choice.size(); ++i) {
+      const auto choice = static_cast<size_t>(found.choice[i]);
+      cost += sensitivities[layers[i]] * items[i].error[choice] / num_tokens_;
+    }
+    return cost;
+  }
+
+  // Experts' worth of neurons that a condensed layer keeps.
+  int64_t WorthOf(const LayerPlan& layer) const {
+    size_t rows = 0;
+    for (const std::vector<int32_t>& neurons : layer.condensed->neurons) rows += neurons.size();
+    const int64_t width = model_.config().layers[static_cast<size_t>(layer.layer)].expert_width;
+    return (static_cast<int64_t>(rows) + width - 1) / std::max<int64_t>(width, 1);
+  }
+
+ private:
+  const std::vector<FeedForwardSlices>& ExpertsOf(const StatsLayer& layer) const {
+    return model_.layers()[static_cast<size_t>(layer.layer)].experts;
+  }
+
+  // The experts that stay under a router. A token still uses k of them: together they make as large
+  // an error as all did.
+  std::vector<AllocationItem> Items(const CompressionPlan& plan,
+                                    std::vector<size_t>* layers = nullptr) const {
+    std::vector<AllocationItem> items;
+    for (size_t i = 0; i < plan.layers.size(); ++i) {
+      const LayerPlan& layer = plan.layers[i];
+      if (layer.condensed) continue;
+      const std::vector<std::vector<double>>& errors = errors_[i].error;
+      double all = 0, kept = 0;
+      for (const std::vector<double>& error : errors) all += error.front();
+      for (const int32_t e : layer.kept) kept += errors[static_cast<size_t>(e)].front();
+      for (const int32_t e : layer.kept) {
+        const auto expert = static_cast<size_t>(e);
+        AllocationItem item;
+        for (size_t f = 0; f < formats_.size(); ++f) {
+          item.bytes.push_back(BytesIn(formats_[f], ExpertsOf(info_.layers[i])[expert]));
+          item.error.push_back(errors[expert][f] * (kept > 0 ? all / kept : 1));
+        }
+        items.push_back(std::move(item));
+        if (layers != nullptr) layers->push_back(i);
+      }
+    }
+    return items;
+  }
+
+  const Model& model_;
+  const StatsInfo& info_;
+  const SizeRequest& request_;
+  std::vector<PackedFormat> formats_;
+  std::vector<LayerErrors> errors_;
+  uint64_t rest_bytes_ = 0;
+  double num_tokens_ = 1;
+};
+
+// The model as it is.
+CompressionPlan KeepingAll(const StatsInfo& info) {
+  CompressionPlan plan;
+  for (const StatsLayer& layer : info.layers) {
+    LayerPlan entry;
+    entry.layer = layer.layer;
+    entry.num_experts = layer.num_experts;
+    entry.kept = OtherExperts({}, layer.num_experts);
+    entry.loss = 0;
+    plan.layers.push_back(std::move(entry));
+  }
+  return plan;
+}
+
+// Asks the planner for a total with the means that are allowed; nothing if there is no such plan.
+class Remover {
+ public:
+  Remover(Session& session, const Model& model, const StatsInfo& info, const SizeRequest& request)
+      : info_(info), sensitivities_(info.layers.size(), 1.0) {
+    if (!request.means.removes()) return;
+    planner_.emplace(session, model, info, request.stats, request.neurons.string(),
+                     request.spill_folder.string());
+    sensitivities_ = planner_->sensitivities();
+    weights_.pruning = !request.means.drop ? kInfinity : request.heals ? kHealedShare : 1;
+    weights_.condensing = request.means.condense ? 1 : kInfinity;
+  }
+
+  std::optional<SizeCandidate> Left(int64_t experts) const {
+    SizeCandidate candidate{.experts_left = experts, .plan = {}};
+    if (experts == CountExperts(info_)) {
+      candidate.plan = KeepingAll(info_);
+      return candidate;
+    }
+    if (!planner_) return std::nullopt;
+    try {
+      candidate.plan = planner_->Decide(experts, weights_);
+    } catch (const UsageError&) {
+      return std::nullopt;  // no division of this number
+    }
+    for (const LayerPlan& layer : candidate.plan.layers) {
+      candidate.removal_cost += layer.loss.value_or(0);
+    }
+    return candidate;
+  }
+  const std::vector<double>& sensitivities() const { return sensitivities_; }
+
+ private:
+  const StatsInfo& info_;
+  std::optional<MixPlanner> planner_;
+  MixWeights weights_;
+  std::vector<double> sensitivities_;
+};
+
+[[noreturn]] void RefuseSize(const SizeRequest& request, uint64_t smallest, int64_t experts) {
+  throw QualityError(
+      fmt::format("--size: within {} nothing fits by {}: the weights still take {} with {} "
+                  "experts' worth left",
+                  FormatBytes(request.bytes), DescribeMeans(request.means), FormatBytes(smallest),
+                  experts),
+      "give a larger size, more --means, or fewer bits to the rest (--bits-of-rest)");
+}
+
+// As many experts' worth as fit, in the formats they have.
+std::vector<SizeCandidate> LargestThatFits(const Model& model, const StatsInfo& info,
+                                           const SizeRequest& request, const Remover& remover) {
+  uint64_t smallest = model.checkpoint().total_bytes();
+  int64_t fewest = CountExperts(info);
+  for (int64_t experts = CountExperts(info) - 1; experts >= 0; --experts) {
+    std::optional<SizeCandidate> candidate = remover.Left(experts);
+    if (!candidate) continue;
+    const uint64_t bytes =
+        PlanRewrite(model, candidate->plan, {.condensed_form = CondensedForm::kFused}).bytes_after;
+    if (bytes <= request.bytes) {
+      std::vector<SizeCandidate> only;
+      only.push_back(std::move(*candidate));
+      return only;
+    }
+    smallest = bytes;
+    fewest = experts;
+  }
+  RefuseSize(request, smallest, fewest);
+}
+
+}  // namespace
+
+Means ParseMeans(const std::string& text) {
+  if (text.empty()) return {};
+  Means means{.drop = false, .condense = false, .bits = false};
+  std::stringstream words(text);
+  for (std::string word; std::getline(words, word, ',');) {
+    bool* const known = word == "drop"       ? &means.drop
+                        : word == "condense" ? &means.condense
+                        : word == "bits"     ? &means.bits
+                                             : nullptr;
+    if (known == nullptr) {
+      throw UsageError(fmt::format("--means: \"{}\" is not one of drop, condense, bits", word),
+                       "e.g. --means drop,bits");
+    }
+    *known = true;
+  }
+  return means;
+}
+
+std::string DescribeMeans(const Means& means) {
+  std::vector<std::string> words;
+  if (means.drop) words.emplace_back("drop");
+  if (means.condense) words.emplace_back("condense");
+  if (means.bits) words.emplace_back("bits");
+  return fmt::format("{}", fmt::join(words, ", "));
+}
+
+int64_t SizeCandidate::condensed_layers() const {
+  return std::count_if(plan.layers.begin(), plan.layers.end(),
+                       [](const LayerPlan& layer) { return layer.condensed.has_value(); });
+}
+
+int64_t CountExperts(const StatsInfo& info) {
+  int64_t experts = 0;
+  for (const StatsLayer& layer : info.layers) experts += layer.num_experts;
+  return experts;
+}
+
+std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& model,
+                                             const StatsInfo& info, const SizeRequest& request,
+                                             const std::vector<SourceBlocks>& fitting) {
+  const Remover remover(session, model, info, request);
+  if (!request.means.bits) return LargestThatFits(model, info, request, remover);
+  const BitsPredictor bits(session, model, info, request, fitting);
+  std::vector<SizeCandidate> candidates;
+  uint64_t smallest = model.checkpoint().total_bytes();
+  int64_t fewest = CountExperts(info);
+  for (const double share : kSharesLeft) {
+    const auto experts =
+        static_cast<int64_t>(share * static_cast<double>(CountExperts(info)) + 0.5);
+    std::optional<SizeCandidate> candidate = remover.Left(experts);
+    if (!candidate) continue;
+    const uint64_t bytes = bits.SmallestBytes(candidate->plan);
+    if (bytes < smallest) {
+      smallest = bytes;
+      fewest = experts;
+    }
+    if (bytes > request.bytes) continue;
+    candidate->bits_cost = bits.Cost(candidate->plan, remover.sensitivities());
+    candidates.push_back(std::move(*candidate));
+  }
+  if (candidates.empty()) RefuseSize(request, smallest, fewest);
+  std::stable_sort(
+      candidates.begin(), candidates.end(),
+      [](const SizeCandidate& a, const SizeCandidate& b) { return a.predicted() < b.predicted(); });
+  return candidates;
+}
+
+}  // namespace winnow::cli
