@@ -164,12 +164,14 @@ TEST_P(PackedTest, JobsShareACall) {
 
 // Sums of a packed weight are those of its values.
 TEST_P(PackedTest, MomentsAreThoseOfTheValues) {
-  const PackedWeight w(GetParam(), 21, 75, 3);
-  double absolute = 0, square = 0, want_absolute = 0, want_square = 0;
-  AccumulateMoments(w.view(), &absolute, &square);
-  AccumulateMomentsReference(w.view(), &want_absolute, &want_square);
-  EXPECT_NEAR(absolute, want_absolute, 1e-12 * want_absolute);  // sums in another order
-  EXPECT_NEAR(square, want_square, 1e-12 * want_square);
+  for (const std::string& format : kFormats) {
+    const PackedWeight w(format, 21, 75, 3);
+    double absolute = 0, square = 0, want_absolute = 0, want_square = 0;
+    AccumulateMoments(w.view(), &absolute, &square);
+    AccumulateMomentsReference(w.view(), &want_absolute, &want_square);
+    EXPECT_NEAR(absolute, want_absolute, 1e-12 * want_absolute) << format;  // another order
+    EXPECT_NEAR(square, want_square, 1e-12 * want_square) << format;
+  }
 }
 
 TEST_P(PackedTest, NanStaysInItsRow) {
