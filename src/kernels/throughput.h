@@ -13,8 +13,8 @@ namespace winnow {
 // GFLOP/s of products on all threads of `pool`, bf16 weights; takes about a tenth of a second.
 double MeasureMatMulGigaFlops(ThreadPool& pool, ComputePrecision precision);
 
-// GB/s (10^9) of reading `memory` once in order, split among all threads of `pool`: the bandwidth of
-// RAM if it is several times larger than the caches. The pages must have been written before.
+// GB/s (10^9) of reading `memory` once in order, split among all threads of `pool`: the bandwidth
+// of RAM if it is several times larger than the caches. The pages must have been written before.
 double MeasureReadGigabytes(std::span<const std::byte> memory, ThreadPool& pool);
 
 }  // namespace winnow
