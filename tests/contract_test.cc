@@ -16,8 +16,9 @@ constexpr int kUsage = 2;
 constexpr int kModel = 3;
 constexpr int kResource = 4;
 
-const char* const kVerbs[] = {"inspect",  "doctor", "observe",  "plan",  "apply",    "eval", "run",
-                              "compress", "stats",  "tokenize", "trace", "finetune", "bench"};
+const char* const kVerbs[] = {"inspect", "doctor",   "observe",  "plan",  "apply",
+                              "eval",    "run",      "compress", "stats", "tokenize",
+                              "trace",   "finetune", "quantize", "bench", "serve"};
 
 void WriteText(const std::string& path, const std::string& content) {
   std::ofstream(path, std::ios::binary) << content;
@@ -123,6 +124,7 @@ TEST(Contract, JsonIsOneObjectAloneOnStandardOutput) {
        "64", "-o", stats},
       {"plan", stats, "--keep", "6", "-o", plan},
       {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
+      {"quantize", folder / "small", "--experts", "4bit", "-o", folder / "packed"},
       {"eval", "ppl", folder / "small", "--text", EvaluationText("math"), "--tokens", "512"},
       {"eval", "tasks", folder / "small", SampleItems(), "--limit", "8", "--against", SampleModel(),
        "--items", folder / "items.jsonl"},
@@ -188,6 +190,7 @@ TEST(Contract, DryRunsTellWhatTheyWouldTakeAndWriteNothing) {
       {"observe", SampleModel(), "-o", folder / "other"},
       {"compress", SampleModel(), "--keep", "6", "-o", folder / "small"},
       {"apply", SampleModel(), "--plan", plan, "-o", folder / "small"},
+      {"quantize", SampleModel(), "--experts", "4bit", "-o", folder / "small"},
       {"eval", "ppl", SampleModel(), "--text", EvaluationText("math"), "--tokens", "512"},
       {"eval", "tasks", SampleModel(), SampleItems(), "--items", folder / "items.jsonl"}};
   for (size_t i = 0; i < commands.size(); ++i) {
