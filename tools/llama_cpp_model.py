@@ -286,5 +286,5 @@ def description():
     import llama_cpp
     silence()
     on = [word.strip() for word in llama_cpp.llama_print_system_info().decode().replace(":", "|").split("|") if word.strip().endswith("= 1")]
-    return {"llama_cpp_python": importlib.metadata.version("llama-cpp-python"), "gguf": importlib.metadata.version("gguf"),
+    return {"llama_cpp_python": llama_cpp.__version__, "gguf": importlib.metadata.version("gguf"),
             "system_info": [word.split()[0] for word in on]}
