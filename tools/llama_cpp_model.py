@@ -42,13 +42,13 @@ def enter_environment(folder):
 
 
 class Checkpoint:
-    """The tensors of a safetensors folder as numpy sees them, bf16 as uint16, each read when asked for."""
+    """The tensors of a safetensors folder (or of one file in it) as numpy sees them, bf16 as uint16, each read when asked for."""
 
-    def __init__(self, folder):
-        self.config = json.load(open(os.path.join(folder, "config.json")))
+    def __init__(self, folder, file_name=".safetensors", config=True):
+        self.config = json.load(open(os.path.join(folder, "config.json"))) if config else None
         self.entries = {}
         for name in sorted(os.listdir(folder)):
-            if not name.endswith(".safetensors"):
+            if not name.endswith(file_name):
                 continue
             path = os.path.join(folder, name)
             with open(path, "rb") as file:
