@@ -24,7 +24,8 @@ struct QuantizeFlags {
 };
 
 constexpr const char* kKnownFormats =
-    "8bit, 6bit, 4bit, 3bit, 2bit, with -asym or -log and -g64 or -g128 behind it, or stored";
+    "8bit, 6bit, 4bit, 3bit, 2bit, with -asym, -curve or -log and -g64 or -g128 behind it, or "
+    "stored";
 
 // Nothing: the matrices stay as they are, which "stored" and the name of their dtype both say.
 PackedFormat ParseFormat(const std::string& flag, const std::string& text, const Model& model) {
@@ -59,15 +60,18 @@ PackedFormat ExpertFormat(const QuantizeFlags& flags, const Model& model) {
         fmt::format("--grid, --asymmetric and --group do not go with --experts {}", flags.experts),
         "give the bits alone, --experts 4bit, or all in its name, --experts 4bit-asym-g64");
   }
-  if (flags.asymmetric && flags.grid == "log") {
-    throw UsageError("--grid log is symmetric: --asymmetric does not go with it", "leave out one");
+  if (flags.asymmetric && (flags.grid == "log" || flags.grid == "curve")) {
+    throw UsageError(
+        fmt::format("--grid {} has no minimum: --asymmetric does not go with it", flags.grid),
+        "leave out one");
   }
   if (flags.asymmetric) format.grid = PackedGrid::kAsymmetric;
   if (flags.grid == "log") format.grid = PackedGrid::kLogarithmic;
+  if (flags.grid == "curve") format.grid = PackedGrid::kCurved;
   if (flags.group != 0) format.group_columns = flags.group;
   if (!PackedFormatFromName(PackedFormatName(format))) {
-    throw UsageError(fmt::format("there is no logarithmic grid of {} bits", format.bits),
-                     "--grid log takes 2, 3 or 4 bits");
+    throw UsageError(fmt::format("there is no {} grid of {} bits", flags.grid, format.bits),
+                     "--grid log and curve take 2, 3 or 4 bits");
   }
   return format;
 }
@@ -148,9 +152,11 @@ void AddQuantize(CLI::App& app, Session& session) {
   verb->add_option("--rest", flags->rest,
                    "Format of attention, shared expert, dense layers and lm_head, e.g. 8bit\n"
                    "(default: as stored)");
-  verb->add_option("--grid", flags->grid,
-                   "Values of the experts' codes: linear, or log, powers of two (2 to 4 bits)")
-      ->check(CLI::IsMember({"linear", "log"}));
+  verb->add_option(
+          "--grid", flags->grid,
+          "Values of the experts' codes: linear; curve, denser around zero, or log, powers of two\n"
+          "(2 to 4 bits)")
+      ->check(CLI::IsMember({"linear", "curve", "log"}));
   verb->add_flag("--asymmetric", flags->asymmetric,
                  "The experts' groups have a minimum besides their scale");
   verb->add_option("--group", flags->group,

@@ -86,7 +86,7 @@ std::vector<PackedFormat> ExpertCandidates(const PackedFormat& base) {
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     PackedFormat format = base;
     format.bits = bits;
-    if (format.grid == PackedGrid::kLogarithmic && bits > 4) continue;
+    if (HasLevels(format) && bits > 4) continue;
     candidates.push_back(format);
   }
   return candidates;

@@ -16,6 +16,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import llama_cpp_model as llama  # noqa: E402
 
 ROWS, COLUMNS = 256, 2048
+# Levels of the curved grids, in 64ths of the scale (docs/FORMATS.md).
+CURVES = {2: [-127, -46, 6, 70], 3: [-127, -78, -45, -20, 0, 22, 49, 88],
+          4: [-127, -98, -79, -64, -50, -36, -23, -11, 0, 11, 23, 36, 50, 65, 83, 105]}
 PLANES = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # docs/FORMATS.md
 SOURCES = {"gaussian": "gate", "laplace": "up"}
 
@@ -48,7 +51,12 @@ def unpack(data, name, rows, columns):
     codes = codes.reshape(blocks, chunks, 8, 16, 4).transpose(0, 3, 1, 2, 4).reshape(blocks * 16, chunks * 32)
     spread = [numpy.repeat(scales[:, i].transpose(0, 2, 1).reshape(blocks * 16, groups), group, axis=1)[:, :chunks * 32]
               for i in range(scales.shape[1])]
-    values = codes * spread[0] + spread[1] if asymmetric else (codes.astype(numpy.float32) - 2 ** (bits - 1)) * spread[0]
+    if "curve" in name:
+        values = numpy.array(CURVES[bits], numpy.float32)[codes] * (spread[0] / 64)
+    elif asymmetric:
+        values = codes * spread[0] + spread[1]
+    else:
+        values = (codes.astype(numpy.float32) - 2 ** (bits - 1)) * spread[0]
     return values[:rows, :columns], size
 
 
@@ -103,7 +111,7 @@ def main():
     parser.add_argument("--winnow", default=os.path.join(ROOT, "build/release/winnow"))
     parser.add_argument("--synthetic", default=os.path.join(ROOT, "build/release/tools/make_synthetic_checkpoint"))
     parser.add_argument("--environment", default=os.path.join(ROOT, "build/llama_cpp_environment"), help="Python environment, made if missing")
-    parser.add_argument("--ours", nargs="+", default=["8bit", "6bit", "5bit", "4bit", "4bit-asym-g64", "3bit", "3bit-asym-g64", "2bit-asym"])
+    parser.add_argument("--ours", nargs="+", default=["8bit", "6bit", "5bit", "4bit", "4bit-curve", "4bit-asym-g64", "3bit", "3bit-curve", "3bit-asym-g64", "2bit-asym", "2bit-curve"])
     parser.add_argument("--theirs", nargs="+", default=["q8_0", "q6_k", "q5_k", "q4_0", "q4_k", "q3_k", "q2_k"])
     args = parser.parse_args()
     llama.enter_environment(args.environment)

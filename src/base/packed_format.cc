@@ -68,11 +68,6 @@ void UnpackCodes(int bits, const std::byte* chunk, uint8_t* codes) {
   }
 }
 
-std::array<int8_t, 16> GridOf(const PackedFormat& format) {
-  if (format.grid != PackedGrid::kLogarithmic) return {};
-  return LogGrid(format.bits);
-}
-
 // What one code stands for.
 float ValueOf(const PackedFormat& format, const std::array<int8_t, 16>& grid, int code, float scale,
               float minimum) {
@@ -80,6 +75,7 @@ float ValueOf(const PackedFormat& format, const std::array<int8_t, 16>& grid, in
     case PackedGrid::kAsymmetric:
       return static_cast<float>(code) * scale + minimum;
     case PackedGrid::kLogarithmic:
+    case PackedGrid::kCurved:
       return static_cast<float>(grid[static_cast<size_t>(code)]) * (scale / 64);
     case PackedGrid::kSymmetric:
       break;
@@ -115,13 +111,15 @@ std::optional<PackedFormat> PackedFormatFromName(std::string_view name) {
     format.grid = PackedGrid::kAsymmetric;
   } else if (take("-log")) {
     format.grid = PackedGrid::kLogarithmic;
+  } else if (take("-curve")) {
+    format.grid = PackedGrid::kCurved;
   }
   if (take("-g64")) {
     format.group_columns = 64;
   } else if (take("-g128")) {
     format.group_columns = 128;
   }
-  if (format.grid == PackedGrid::kLogarithmic && format.bits > 4) return std::nullopt;
+  if (HasLevels(format) && format.bits > 4) return std::nullopt;
   // One name for each format: nothing is left, and no part came twice or in another order.
   return name.empty() ? std::optional(format) : std::nullopt;
 }
@@ -130,6 +128,7 @@ std::string PackedFormatName(const PackedFormat& format) {
   std::string name = fmt::format("{}bit", format.bits);
   if (format.grid == PackedGrid::kAsymmetric) name += "-asym";
   if (format.grid == PackedGrid::kLogarithmic) name += "-log";
+  if (format.grid == PackedGrid::kCurved) name += "-curve";
   if (format.group_columns != 32) name += fmt::format("-g{}", format.group_columns);
   return name;
 }
@@ -157,15 +156,21 @@ double PackedBitsPerWeight(const PackedFormat& format) {
   return format.bits + 16 * halves / static_cast<double>(format.group_columns);
 }
 
-std::array<int8_t, 16> LogGrid(int bits) {
-  std::array<int8_t, 16> grid{};
-  const int half = 1 << (bits - 1);
+std::array<int8_t, 16> GridLevels(const PackedFormat& format) {
+  std::array<int8_t, 16> levels{};
+  if (format.grid == PackedGrid::kCurved) {
+    if (format.bits == 2) return {-127, -46, 6, 70};
+    if (format.bits == 3) return {-127, -78, -45, -20, 0, 22, 49, 88};
+    return {-127, -98, -79, -64, -50, -36, -23, -11, 0, 11, 23, 36, 50, 65, 83, 105};
+  }
+  if (format.grid != PackedGrid::kLogarithmic) return levels;
+  const int half = 1 << (format.bits - 1);
   for (int code = 0; code < half && code < 8; ++code) {
     const auto step = static_cast<int8_t>(64 >> code);
-    grid[static_cast<size_t>(code)] = step;
-    grid[static_cast<size_t>(half + code)] = static_cast<int8_t>(-step);
+    levels[static_cast<size_t>(code)] = step;
+    levels[static_cast<size_t>(half + code)] = static_cast<int8_t>(-step);
   }
-  return grid;
+  return levels;
 }
 
 void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const PackedRow& values,
@@ -216,12 +221,12 @@ float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int
       format.grid == PackedGrid::kAsymmetric
           ? FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 1)))
           : 0.0f;
-  return ValueOf(format, GridOf(format), code, scale, minimum);
+  return ValueOf(format, GridLevels(format), code, scale, minimum);
 }
 
 void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* block, float* values) {
   std::array<uint8_t, kPackedRows * kPackedChunkColumns> codes;
-  const std::array<int8_t, 16> grid = GridOf(format);
+  const std::array<int8_t, 16> grid = GridLevels(format);
   for (int64_t first = 0; first < cols; first += kPackedChunkColumns) {
     UnpackCodes(format.bits, block + ChunkOffset(format, cols, first), codes.data());
     const int64_t group = first / format.group_columns;  // groups are whole chunks

@@ -26,9 +26,11 @@ inline constexpr int64_t kPackedChunkColumns = 32;  // columns of a chunk
 inline constexpr uint64_t kPackedAlignment = 64;    // bytes; of a block and of a matrix
 
 enum class PackedGrid : uint8_t {
-  kSymmetric,    // (code - 2^(bits - 1)) * scale
-  kAsymmetric,   // code * scale + minimum
-  kLogarithmic,  // LogGrid(bits)[code] / 64 * scale; 2 to 4 bits (MoQE, arXiv 2310.02410, 3.1)
+  kSymmetric,   // (code - 2^(bits - 1)) * scale
+  kAsymmetric,  // code * scale + minimum
+  // GridLevels[code] / 64 * scale, 2 to 4 bits:
+  kLogarithmic,  // powers of two (MoQE, arXiv 2310.02410, 3.1)
+  kCurved,       // denser around zero, as weights are
 };
 
 struct PackedFormat {
@@ -40,7 +42,7 @@ struct PackedFormat {
   bool operator==(const PackedFormat&) const = default;
 };
 
-// "4bit", "4bit-g64", "4bit-asym-g64", "2bit-log": bits, grid if not symmetric, group if not 32.
+// "4bit", "4bit-g64", "4bit-asym-g64", "4bit-curve": bits, grid if not symmetric, group if not 32.
 // Nothing if the name is none of these or the combination does not exist.
 std::optional<PackedFormat> PackedFormatFromName(std::string_view name);
 std::string PackedFormatName(const PackedFormat& format);
@@ -53,9 +55,16 @@ uint64_t PackedCodesOffset(const PackedFormat& format, int64_t cols);
 // Mean bits a weight takes with its share of scales, for tables.
 double PackedBitsPerWeight(const PackedFormat& format);
 
-// What a code of kLogarithmic stands for, in 64ths of the scale: the sign is the highest bit, the
-// others count halvings. The smallest step of 4 bits would be half a 64th and is zero instead.
-std::array<int8_t, 16> LogGrid(int bits);
+// Whether codes stand for levels of a table rather than for themselves.
+inline bool HasLevels(const PackedFormat& format) {
+  return format.grid == PackedGrid::kLogarithmic || format.grid == PackedGrid::kCurved;
+}
+// What a code of such a grid stands for, in 64ths of the scale; zeros for the other grids.
+// Logarithmic: the sign is the highest bit, the others count halvings; the smallest step of 4 bits
+// would be half a 64th and is zero instead. Curved: ascending, the levels that lose least on groups
+// of 32 of which half are Gaussian and half Laplacian, found by Lloyd's method with the best scale
+// for each group, of either sign (as -127 has no counterpart).
+std::array<int8_t, 16> GridLevels(const PackedFormat& format);
 
 // One row of codes and what they stand for, as a quantiser makes them and a reader gets them back.
 // `codes` [cols], `scales` and `minima` [groups] as f16 bits, minima with kAsymmetric alone.

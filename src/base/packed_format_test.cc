@@ -12,8 +12,9 @@ namespace winnow {
 namespace {
 
 TEST(PackedFormat, NamesGoBothWays) {
-  for (const char* name : {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym",
-                           "4bit-asym-g64", "3bit-g128", "2bit-log", "4bit-log-g64"}) {
+  for (const char* name :
+       {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym", "4bit-asym-g64",
+        "3bit-g128", "2bit-log", "4bit-log-g64", "4bit-curve", "2bit-curve-g64"}) {
     const std::optional<PackedFormat> format = PackedFormatFromName(name);
     ASSERT_TRUE(format) << name;
     EXPECT_EQ(PackedFormatName(*format), name);
@@ -40,18 +41,22 @@ TEST(PackedFormat, SizesCountScalesAndPadding) {
 }
 
 TEST(PackedFormat, TheLogGridHalves) {
-  EXPECT_EQ(LogGrid(2), (std::array<int8_t, 16>{64, 32, -64, -32}));
-  EXPECT_EQ(LogGrid(3), (std::array<int8_t, 16>{64, 32, 16, 8, -64, -32, -16, -8}));
-  EXPECT_EQ(LogGrid(4)[6], 1);
-  EXPECT_EQ(LogGrid(4)[7], 0);
-  EXPECT_EQ(LogGrid(4)[14], -1);
+  const auto log_grid = [](int bits) {
+    return GridLevels({.bits = bits, .grid = PackedGrid::kLogarithmic});
+  };
+  EXPECT_EQ(log_grid(2), (std::array<int8_t, 16>{64, 32, -64, -32}));
+  EXPECT_EQ(log_grid(3), (std::array<int8_t, 16>{64, 32, 16, 8, -64, -32, -16, -8}));
+  EXPECT_EQ(log_grid(4)[6], 1);
+  EXPECT_EQ(log_grid(4)[7], 0);
+  EXPECT_EQ(log_grid(4)[14], -1);
 }
 
 TEST(PackedFormat, RowsComeBack) {
   std::mt19937 random(7);
   const int64_t rows = 19, cols = 77;
-  for (const char* name : {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym",
-                           "3bit-asym-g64", "4bit-log", "2bit-log-g64", "5bit-g128"}) {
+  for (const char* name :
+       {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym", "3bit-asym-g64",
+        "4bit-log", "4bit-curve", "3bit-curve", "2bit-log-g64", "5bit-g128"}) {
     const PackedFormat format = *PackedFormatFromName(name);
     const int64_t groups = (cols + format.group_columns - 1) / format.group_columns;
     std::vector<std::byte> bytes(PackedBytes(format, rows, cols));
@@ -86,8 +91,8 @@ TEST(PackedFormat, RowsComeBack) {
         const float expected =
             format.grid == PackedGrid::kAsymmetric
                 ? static_cast<float>(code) * scale + FloatFromF16(minima[r][g])
-            : format.grid == PackedGrid::kLogarithmic
-                ? static_cast<float>(LogGrid(format.bits)[static_cast<size_t>(code)]) / 64 * scale
+            : HasLevels(format)
+                ? static_cast<float>(GridLevels(format)[static_cast<size_t>(code)]) / 64 * scale
                 : static_cast<float>(code - (1 << (format.bits - 1))) * scale;
         ASSERT_EQ(LoadPackedValue(format, cols, row, col, bytes.data()), expected) << name;
       }

@@ -7,7 +7,7 @@
 #define WINNOW_KERNELS_PACKED_CODES_INL_H_
 #endif
 
-#include "base/packed_format.h"  // PackedFormat, LogGrid
+#include "base/packed_format.h"  // PackedFormat, GridLevels
 #include "kernels/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -40,10 +40,11 @@ HWY_INLINE VU Codes(const std::byte* plane) {
   }
 }
 
-// The levels of a logarithmic grid as bytes, plus `offset`, in every block of a vector.
-HWY_INLINE hn::Vec<hn::Repartition<uint8_t, DF>> LevelBytes(int bits, int offset) {
+// The levels of a grid as bytes, plus `offset`, in every block of a vector.
+HWY_INLINE hn::Vec<hn::Repartition<uint8_t, DF>> LevelBytes(const PackedFormat& format,
+                                                            int offset) {
   HWY_ALIGN uint8_t levels[16];
-  const std::array<int8_t, 16> grid = LogGrid(bits);
+  const std::array<int8_t, 16> grid = GridLevels(format);
   for (size_t i = 0; i < 16; ++i) levels[i] = static_cast<uint8_t>(grid[i] + offset);
   return hn::LoadDup128(hn::Repartition<uint8_t, DF>(), levels);
 }

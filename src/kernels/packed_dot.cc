@@ -28,9 +28,9 @@ struct BlockLayout {
         chunks((w.cols + kPackedChunkColumns - 1) / kPackedChunkColumns),
         chunks_per_group(w.packed.group_columns / kPackedChunkColumns),
         groups((w.cols + w.packed.group_columns - 1) / w.packed.group_columns),
-        zero(w.packed.grid == PackedGrid::kSymmetric     ? 1 << (w.packed.bits - 1)
-             : w.packed.grid == PackedGrid::kLogarithmic ? 128
-                                                         : 0),
+        zero(w.packed.grid == PackedGrid::kSymmetric ? 1 << (w.packed.bits - 1)
+             : HasLevels(w.packed)                   ? 128
+                                                     : 0),
         asymmetric(w.packed.grid == PackedGrid::kAsymmetric) {}
   uint64_t block_bytes, codes_bytes;
   int64_t chunks, chunks_per_group, groups;
@@ -55,9 +55,8 @@ void PackedDot(const PackedDotTask& task) {
           const int64_t col = chunk * kPackedChunkColumns + c;
           if (col >= w.cols) break;
           const uint8_t code = LoadPackedCode(w.packed, w.cols, row, col, w.data);
-          const int32_t level = w.packed.grid == PackedGrid::kLogarithmic
-                                    ? LogGrid(w.packed.bits)[code]
-                                    : int32_t{code} - layout.zero;
+          const int32_t level =
+              HasLevels(w.packed) ? GridLevels(w.packed)[code] : int32_t{code} - layout.zero;
           // Pairs (0, 2), (1, 3) of four.
           const int64_t place = c / 4 * 4 + (c % 4 == 1 ? 2 : c % 4 == 2 ? 1 : c % 4);
           int16_t q = 0;
@@ -66,7 +65,7 @@ void PackedDot(const PackedDotTask& task) {
         }
         const int64_t half = chunk / layout.chunks_per_group * kPackedRows + row % kPackedRows;
         float scale = LoadAsFloat(Dtype::kF16, block, static_cast<size_t>(half));
-        if (w.packed.grid == PackedGrid::kLogarithmic) scale /= 64;
+        if (HasLevels(w.packed)) scale /= 64;
         y += static_cast<float>(sum) * (scale * task.scales[at]);
         if (layout.asymmetric) {
           const float minimum = LoadAsFloat(
@@ -82,14 +81,14 @@ void PackedDot(const PackedDotTask& task) {
 #else
 
 // sums[r] += codes of vector kV and the ones after it, times row r's q.
-template <int kBits, bool kLog, size_t kXRows, int kV = 0>
+template <int kBits, bool kLevels, size_t kXRows, int kV = 0>
 HWY_INLINE void AddVectors(const std::byte* chunk, const std::byte* digits,
                            hn::Vec<hn::Repartition<uint8_t, DF> > levels, VI (&sums)[kXRows]) {
   const DU d;
   const hn::Repartition<int16_t, DF> d16;
   const hn::Repartition<uint8_t, DF> d8;
   VU codes = Codes<kBits, kV>(chunk);
-  if constexpr (kLog) {
+  if constexpr (kLevels) {
     codes = hn::BitCast(d, hn::TableLookupBytes(levels, hn::BitCast(d8, codes)));
   }
   const VU low_bytes = hn::Set(d, 0x00ff00ffu);
@@ -104,7 +103,7 @@ HWY_INLINE void AddVectors(const std::byte* chunk, const std::byte* digits,
     sums[r] = hn::ReorderWidenMulAccumulate(DI(), odd, hn::BitCast(d16, hn::Set(d, pairs[1])),
                                             sums[r], unused);
   }
-  if constexpr (kV < 7) AddVectors<kBits, kLog, kXRows, kV + 1>(chunk, digits, levels, sums);
+  if constexpr (kV < 7) AddVectors<kBits, kLevels, kXRows, kV + 1>(chunk, digits, levels, sums);
 }
 
 // Bytes without sign times bytes with sign, neighbours added to 16 bits with saturation.
@@ -138,11 +137,11 @@ HWY_INLINE void AddSmallCodes(const std::byte* chunk, const std::byte* digits,
 }
 
 // sums [kXRows] of a chunk: codes, or levels + 128, times q.
-template <int kBits, bool kLog, size_t kXRows>
+template <int kBits, bool kLevels, size_t kXRows>
 HWY_INLINE void SumChunk(const std::byte* chunk, const std::byte* digits,
                          hn::Vec<hn::Repartition<uint8_t, DF> > levels, VI (&sums)[kXRows]) {
   const DI d;
-  if constexpr (kBits <= 4 && !kLog) {
+  if constexpr (kBits <= 4 && !kLevels) {
     const hn::Repartition<int16_t, DF> d16;
     hn::Vec<decltype(d16)> high[kXRows], low[kXRows];
     HWY_UNROLL(4)
@@ -158,19 +157,19 @@ HWY_INLINE void SumChunk(const std::byte* chunk, const std::byte* digits,
   } else {
     HWY_UNROLL(4)
     for (VI& sum : sums) sum = hn::Zero(d);
-    AddVectors<kBits, kLog, kXRows>(chunk, digits, levels, sums);
+    AddVectors<kBits, kLevels, kXRows>(chunk, digits, levels, sums);
   }
 }
 
 // kLanes rows of a block, from its row `lane`, against kXRows rows of X from `first`.
-template <int kBits, bool kLog, size_t kXRows>
+template <int kBits, bool kLevels, size_t kXRows>
 HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, int64_t first,
                          const std::byte* block, int64_t lane, VF (&y)[kXRows]) {
   const DF d;
   const DI di;
   const std::byte* chunk = block + layout.codes_bytes + 4 * lane;
-  const auto levels = LevelBytes(kLog ? kBits : 2, 128);
-  const VF to_levels = hn::Set(d, kLog ? 1.0f / 64 : 1.0f);
+  const auto levels = LevelBytes(task.w->packed, 128);
+  const VF to_levels = hn::Set(d, kLevels ? 1.0f / 64 : 1.0f);
   for (size_t r = 0; r < kXRows; ++r) y[r] = hn::Zero(d);
   for (int64_t c = 0; c < layout.chunks; ++c, chunk += 64 * kBits) {
     const int64_t at = c * task.rows + first;
@@ -178,11 +177,11 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, i
     // Blocks follow each other: at the end of this one the next one's bytes are ahead.
     HWY_UNROLL(8)
     for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
-    SumChunk<kBits, kLog, kXRows>(chunk, task.digits + at * kStride, levels, sums);
+    SumChunk<kBits, kLevels, kXRows>(chunk, task.digits + at * kStride, levels, sums);
     const std::byte* halves =
         block + (c / layout.chunks_per_group * kPackedRows + lane) * int64_t{sizeof(uint16_t)};
     VF scale = LoadHalves(halves);
-    if constexpr (kLog) scale = hn::Mul(scale, to_levels);
+    if constexpr (kLevels) scale = hn::Mul(scale, to_levels);
     HWY_UNROLL(4)
     for (size_t r = 0; r < kXRows; ++r) {
       const VF x_scale = hn::Set(d, task.scales[at + static_cast<int64_t>(r)]);
@@ -197,7 +196,7 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, i
   }
 }
 
-template <int kBits, bool kLog, size_t kXRows>
+template <int kBits, bool kLevels, size_t kXRows>
 HWY_NOINLINE void DotBlock(const PackedDotTask& task, const BlockLayout& layout, int64_t first,
                            int64_t block) {
   const DF d;
@@ -207,7 +206,7 @@ HWY_NOINLINE void DotBlock(const PackedDotTask& task, const BlockLayout& layout,
     const int64_t row = block * kPackedRows + lane;
     if (row >= task.w->rows) return;
     VF y[kXRows];
-    DotLanes<kBits, kLog, kXRows>(task, layout, first, bytes, lane, y);
+    DotLanes<kBits, kLevels, kXRows>(task, layout, first, bytes, lane, y);
     const auto left = static_cast<size_t>(task.w->rows - row);
     for (size_t r = 0; r < kXRows; ++r) {
       float* to = task.y + (first + static_cast<int64_t>(r)) * task.ld_y + row;
@@ -216,20 +215,21 @@ HWY_NOINLINE void DotBlock(const PackedDotTask& task, const BlockLayout& layout,
   }
 }
 
-template <int kBits, bool kLog>
+template <int kBits, bool kLevels>
 void DotBlocks(const PackedDotTask& task) {
   const BlockLayout layout(*task.w);
   for (int64_t block = task.first_block; block < task.end_block; ++block) {
     int64_t first = 0;
-    for (; first + 4 <= task.rows; first += 4) DotBlock<kBits, kLog, 4>(task, layout, first, block);
-    for (; first < task.rows; ++first) DotBlock<kBits, kLog, 1>(task, layout, first, block);
+    for (; first + 4 <= task.rows; first += 4)
+      DotBlock<kBits, kLevels, 4>(task, layout, first, block);
+    for (; first < task.rows; ++first) DotBlock<kBits, kLevels, 1>(task, layout, first, block);
   }
 }
 
 template <int kBits>
 void DotBlocksOf(const PackedDotTask& task) {
   if constexpr (kBits <= 4) {
-    if (task.w->packed.grid == PackedGrid::kLogarithmic) return DotBlocks<kBits, true>(task);
+    if (HasLevels(task.w->packed)) return DotBlocks<kBits, true>(task);
   }
   DotBlocks<kBits, false>(task);
 }

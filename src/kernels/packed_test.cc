@@ -12,8 +12,8 @@ namespace winnow {
 namespace {
 
 const std::vector<std::string> kFormats = {
-    "8bit",         "7bit",          "6bit",          "5bit",     "4bit",
-    "3bit",         "2bit",          "4bit-asym",     "4bit-log", "3bit-log",
+    "8bit",         "7bit",          "6bit",          "5bit",       "4bit",       "3bit",
+    "2bit",         "4bit-asym",     "4bit-log",      "4bit-curve", "3bit-curve", "3bit-log",
     "2bit-log-g64", "4bit-asym-g64", "3bit-asym-g64", "6bit-g128"};
 
 // A weight of random codes and scales, packed, at the end of readable memory.

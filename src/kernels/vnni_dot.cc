@@ -53,11 +53,11 @@ WINNOW_VNNI_INLINE __m512i Codes(const std::byte* plane) {
   }
 }
 
-template <int kBits, bool kLog, int kXRows, int kV = 0>
+template <int kBits, bool kLevels, int kXRows, int kV = 0>
 WINNOW_VNNI_INLINE void AddVectors(const std::byte* chunk, const std::byte* digits, __m512i levels,
                                    __m512i (&high)[kXRows], __m512i (&low)[kXRows]) {
   __m512i codes = Codes<kBits, kV>(chunk);
-  if constexpr (kLog) codes = _mm512_shuffle_epi8(levels, codes);
+  if constexpr (kLevels) codes = _mm512_shuffle_epi8(levels, codes);
 #pragma GCC unroll 8
   for (int r = 0; r < kXRows; ++r) {
     const std::byte* row = digits + r * kStride + 4 * kV;
@@ -65,7 +65,7 @@ WINNOW_VNNI_INLINE void AddVectors(const std::byte* chunk, const std::byte* digi
     low[r] = _mm512_dpbusd_epi32(low[r], codes, Broadcast(row + 32));
   }
   if constexpr (kV < 7) {
-    AddVectors<kBits, kLog, kXRows, kV + 1>(chunk, digits, levels, high, low);
+    AddVectors<kBits, kLevels, kXRows, kV + 1>(chunk, digits, levels, high, low);
   }
 }
 
@@ -77,7 +77,7 @@ struct Layout {
 };
 
 // A block of 16 rows of W against kXRows rows of X from `first`.
-template <int kBits, bool kLog, int kXRows>
+template <int kBits, bool kLevels, int kXRows>
 WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout, __m512i levels,
                                  int64_t first, int64_t block) {
   const std::byte* bytes = task.w->data + static_cast<uint64_t>(block) * layout.block_bytes;
@@ -93,10 +93,10 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout
       // The blocks follow each other: ahead is the next block's memory at the end of this one.
 #pragma GCC unroll 8
     for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
-    AddVectors<kBits, kLog, kXRows>(chunk, task.digits + at * kStride, levels, high, low);
+    AddVectors<kBits, kLevels, kXRows>(chunk, task.digits + at * kStride, levels, high, low);
     const std::byte* halves = bytes + c / layout.chunks_per_group * kPackedRows * 2;
     __m512 scale = LoadHalves(halves);
-    if constexpr (kLog) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 64));
+    if constexpr (kLevels) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 64));
 #pragma GCC unroll 8
     for (int r = 0; r < kXRows; ++r) {
       const __m512 x_scale = _mm512_set1_ps(task.scales[at + r]);
@@ -120,7 +120,7 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout
   }
 }
 
-template <int kBits, bool kLog>
+template <int kBits, bool kLevels>
 WINNOW_VNNI_TARGET void DotBlocks(const PackedDotTask& task) {
   const PackedFormat& format = task.w->packed;
   const int64_t cols = task.w->cols;
@@ -129,33 +129,33 @@ WINNOW_VNNI_TARGET void DotBlocks(const PackedDotTask& task) {
                          .chunks = (cols + kPackedChunkColumns - 1) / kPackedChunkColumns,
                          .chunks_per_group = format.group_columns / kPackedChunkColumns,
                          .groups = (cols + format.group_columns - 1) / format.group_columns,
-                         .zero = kLog                                    ? 128
+                         .zero = kLevels                                 ? 128
                                  : format.grid == PackedGrid::kSymmetric ? 1 << (kBits - 1)
                                                                          : 0,
                          .asymmetric = format.grid == PackedGrid::kAsymmetric};
   alignas(64) uint8_t level_bytes[64];
-  const std::array<int8_t, 16> grid = LogGrid(kLog ? kBits : 2);
+  const std::array<int8_t, 16> grid = GridLevels(format);
   for (size_t i = 0; i < 64; ++i) level_bytes[i] = static_cast<uint8_t>(grid[i % 16] + 128);
   const __m512i levels = _mm512_load_si512(static_cast<const void*>(level_bytes));
   for (int64_t block = task.first_block; block < task.end_block; ++block) {
     int64_t i = 0;
-    for (; i + 8 <= task.rows; i += 8) DotBlock<kBits, kLog, 8>(task, layout, levels, i, block);
+    for (; i + 8 <= task.rows; i += 8) DotBlock<kBits, kLevels, 8>(task, layout, levels, i, block);
     if (i + 4 <= task.rows) {
-      DotBlock<kBits, kLog, 4>(task, layout, levels, i, block);
+      DotBlock<kBits, kLevels, 4>(task, layout, levels, i, block);
       i += 4;
     }
     if (i + 2 <= task.rows) {
-      DotBlock<kBits, kLog, 2>(task, layout, levels, i, block);
+      DotBlock<kBits, kLevels, 2>(task, layout, levels, i, block);
       i += 2;
     }
-    if (i < task.rows) DotBlock<kBits, kLog, 1>(task, layout, levels, i, block);
+    if (i < task.rows) DotBlock<kBits, kLevels, 1>(task, layout, levels, i, block);
   }
 }
 
 template <int kBits>
 void DotBlocksOf(const PackedDotTask& task) {
   if constexpr (kBits <= 4) {
-    if (task.w->packed.grid == PackedGrid::kLogarithmic) return DotBlocks<kBits, true>(task);
+    if (HasLevels(task.w->packed)) return DotBlocks<kBits, true>(task);
   }
   DotBlocks<kBits, false>(task);
 }

@@ -49,7 +49,7 @@ struct ChunkScale {
   bool asymmetric;
 };
 
-template <int kBits, bool kLog, class Store>
+template <int kBits, bool kLevels, class Store>
 HWY_INLINE void WidenVector(VU codes, const ChunkScale& how, const Store& store, int64_t column) {
   const DF d;
   const DI di;
@@ -65,20 +65,20 @@ HWY_INLINE void WidenVector(VU codes, const ChunkScale& how, const Store& store,
   }
 }
 
-template <int kBits, bool kLog, int kV = 0, class Store>
+template <int kBits, bool kLevels, int kV = 0, class Store>
 HWY_INLINE void WidenVectors(const std::byte* chunk, hn::Vec<hn::Repartition<uint8_t, DF> > levels,
                              const ChunkScale& how, const Store& store) {
   VU codes = Codes<kBits, kV>(chunk);
-  if constexpr (kLog) {
+  if constexpr (kLevels) {
     const hn::Repartition<uint8_t, DF> d8;
     codes = hn::BitCast(DU(), hn::TableLookupBytes(levels, hn::BitCast(d8, codes)));
   }
-  WidenVector<kBits, kLog>(codes, how, store, 4 * kV);
-  if constexpr (kV < 7) WidenVectors<kBits, kLog, kV + 1>(chunk, levels, how, store);
+  WidenVector<kBits, kLevels>(codes, how, store, 4 * kV);
+  if constexpr (kV < 7) WidenVectors<kBits, kLevels, kV + 1>(chunk, levels, how, store);
 }
 
 // store(column of 0..31, kLanes values) of rows lane.. of a block, for one chunk.
-template <int kBits, bool kLog, class Store>
+template <int kBits, bool kLevels, class Store>
 HWY_INLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
                            const Store& store) {
   const DF d;
@@ -87,34 +87,34 @@ HWY_INLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, 
   const int64_t group = chunk * kPackedChunkColumns / format.group_columns;
   const int64_t groups = (w.cols + format.group_columns - 1) / format.group_columns;
   const bool asymmetric = format.grid == PackedGrid::kAsymmetric;
-  ChunkScale how = {.zero = hn::Set(d, kLog         ? 128.0f
+  ChunkScale how = {.zero = hn::Set(d, kLevels      ? 128.0f
                                        : asymmetric ? 0.0f
                                                     : float(1 << (kBits - 1))),
                     .scale = LoadHalves(bytes + (group * kPackedRows + lane) * 2),
                     .minimum = hn::Zero(d),
                     .asymmetric = asymmetric};
-  if constexpr (kLog) how.scale = hn::Mul(how.scale, hn::Set(d, 1.0f / 64));
+  if constexpr (kLevels) how.scale = hn::Mul(how.scale, hn::Set(d, 1.0f / 64));
   if (asymmetric) {
     how.minimum = LoadHalves(bytes + ((groups + group) * kPackedRows + lane) * 2);
   }
   const std::byte* codes = bytes + PackedCodesOffset(format, w.cols) + chunk * 64 * kBits;
-  WidenVectors<kBits, kLog>(codes + 4 * lane, LevelBytes(kLog ? kBits : 2, 128), how, store);
+  WidenVectors<kBits, kLevels>(codes + 4 * lane, LevelBytes(format, 128), how, store);
 }
 
 template <class Store>
 HWY_INLINE void WidenChunkOf(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
                              const Store& store) {
-  const bool log = w.packed.grid == PackedGrid::kLogarithmic;
+  const bool levels = HasLevels(w.packed);
   switch (w.packed.bits) {
     case 2:
-      return log ? WidenChunk<2, true>(w, block, chunk, lane, store)
-                 : WidenChunk<2, false>(w, block, chunk, lane, store);
+      return levels ? WidenChunk<2, true>(w, block, chunk, lane, store)
+                    : WidenChunk<2, false>(w, block, chunk, lane, store);
     case 3:
-      return log ? WidenChunk<3, true>(w, block, chunk, lane, store)
-                 : WidenChunk<3, false>(w, block, chunk, lane, store);
+      return levels ? WidenChunk<3, true>(w, block, chunk, lane, store)
+                    : WidenChunk<3, false>(w, block, chunk, lane, store);
     case 4:
-      return log ? WidenChunk<4, true>(w, block, chunk, lane, store)
-                 : WidenChunk<4, false>(w, block, chunk, lane, store);
+      return levels ? WidenChunk<4, true>(w, block, chunk, lane, store)
+                    : WidenChunk<4, false>(w, block, chunk, lane, store);
     case 5:
       return WidenChunk<5, false>(w, block, chunk, lane, store);
     case 6:

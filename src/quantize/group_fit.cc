@@ -73,8 +73,11 @@ GroupFitter::GroupFitter(const PackedFormat& format) : format_(format) {
       clips_ = AsymmetricClips(format.bits);
       break;
     case PackedGrid::kLogarithmic:
-      for (const int8_t level : LogGrid(format.bits)) levels_.push_back(level);
+    case PackedGrid::kCurved: {
+      const std::array<int8_t, 16> levels = GridLevels(format);
+      levels_.assign(levels.begin(), levels.begin() + (1 << format.bits));
       break;
+    }
   }
 }
 
@@ -118,6 +121,8 @@ GroupScale GroupFitter::Fit(const float* x, const float* weight, int64_t count) 
       return FitAsymmetric();
     case PackedGrid::kLogarithmic:
       return FitLogarithmic();
+    case PackedGrid::kCurved:
+      return FitCurved();
     case PackedGrid::kSymmetric:
       break;
   }
@@ -254,8 +259,57 @@ GroupScale GroupFitter::FitLogarithmic() {
   return best;
 }
 
+// The largest weight may fall on any level near either end, with a scale of either sign. Levels are
+// added up step by step, so that a compiler makes vectors of it.
+GroupScale GroupFitter::FitCurved() {
+  constexpr int kSteps = 20;
+  const float magnitude = std::max(largest_, -smallest_);
+  const auto padded = static_cast<size_t>(padded_);
+  std::vector<float>& level = level_;
+  level.resize(padded);
+  GroupScale best;
+  double best_error = square_sum_;
+  for (int candidate = 0; candidate < 2 * kSteps; ++candidate) {
+    const float top = 84 + 76 * static_cast<float>(candidate / 2) / (kSteps - 1);
+    float scale = (candidate % 2 == 0 ? 64 : -64) * magnitude / top;
+    for (int round = 0; round < 3; ++round) {
+      const GroupScale stored = Stored(scale, 0);
+      if (stored.scale == 0) break;
+      const float unit = 64 / stored.scale;
+      std::fill(level.begin(), level.end(), levels_.front());
+      for (size_t c = 1; c < levels_.size(); ++c) {
+        const float border = (levels_[c - 1] + levels_[c]) / 2, step = levels_[c] - levels_[c - 1];
+        for (size_t i = 0; i < padded; ++i) level[i] += x_[i] * unit > border ? step : 0.0f;
+      }
+      float product = 0, square = 0;
+      for (size_t i = 0; i < padded; ++i) {
+        product += weight_[i] * x_[i] * level[i];
+        square += weight_[i] * level[i] * level[i];
+      }
+      const auto used = static_cast<double>(stored.scale) / 64;
+      const double error = square_sum_ - 2 * used * static_cast<double>(product) +
+                           used * used * static_cast<double>(square);
+      if (error < best_error) {
+        best_error = error;
+        best = stored;
+      }
+      if (!(square > 0)) break;
+      const float fitted = 64 * product / square;
+      if (fitted == scale) break;
+      scale = fitted;
+    }
+  }
+  return best;
+}
+
 uint8_t GroupFitter::Code(const GroupScale& group, float x) const {
   if (group.scale == 0) return 0;
+  if (format_.grid == PackedGrid::kCurved) {
+    const float exact = x * (64 / group.scale);
+    size_t code = 0;
+    while (code + 1 < levels_.size() && exact > (levels_[code] + levels_[code + 1]) / 2) ++code;
+    return static_cast<uint8_t>(code);
+  }
   if (format_.grid == PackedGrid::kLogarithmic) {
     const float unit = 64 / group.scale;
     const float magnitude = std::fabs(x * unit);
@@ -275,6 +329,7 @@ float GroupFitter::Value(const GroupScale& group, uint8_t code) const {
     case PackedGrid::kAsymmetric:
       return static_cast<float>(code) * group.scale + group.minimum;
     case PackedGrid::kLogarithmic:
+    case PackedGrid::kCurved:
       return levels_[code] * (group.scale / 64);
     case PackedGrid::kSymmetric:
       break;

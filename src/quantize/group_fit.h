@@ -35,6 +35,7 @@ class GroupFitter {
   GroupScale FitSymmetric();
   GroupScale FitAsymmetric();
   GroupScale FitLogarithmic();
+  GroupScale FitCurved();
   double Refine(float scale, float minimum, GroupScale* best, double best_error);
   GroupScale SearchCandidates();
   void AddCandidate(float scale, float minimum);
@@ -44,9 +45,9 @@ class GroupFitter {
   float low_ = 0, high_ = 0;      // codes; signed with kSymmetric
   std::vector<float> positions_;  // kSymmetric: codes the largest weight may take
   std::vector<float> clips_;      // kAsymmetric: shares of the range cut off at either end
-  std::vector<float> levels_;     // kLogarithmic: what a code stands for, in 64ths
+  std::vector<float> levels_;     // of grids with levels: what a code stands for, in 64ths
   // The group being fitted, padded to 16.
-  std::vector<float> x_, weight_;
+  std::vector<float> x_, weight_, level_;
   int64_t count_ = 0, padded_ = 0;
   float largest_ = 0, smallest_ = 0;  // weights that count
   double weight_sum_ = 0, square_sum_ = 0;
