@@ -152,6 +152,9 @@ class Sizing {
         Take(candidates_[i], Make(candidates_[i]));
       } catch (const UsageError& problem) {
         // The prediction of bytes knows nothing of how files are aligned.
+        for (const char* name : {"candidate", "unpacked", "healed"}) {
+          fs::remove_all(work_ / fmt::format("{}-{}", name, made_));
+        }
         session_.Note(fmt::format("{}: {}", Describe(candidates_[i]), problem.what()));
       }
     }
@@ -280,13 +283,13 @@ class Sizing {
 
   Made Make(const SizeCandidate& candidate) {
     Made made;
-    made.folder = work_ / fmt::format("candidate-{}", candidate.experts_left);
+    made.folder = work_ / fmt::format("candidate-{}", made_);
     if (candidate.experts_left == CountExperts(gathering_.info)) {
       Quantize(model_, made);
     } else if (!request_.means.bits) {
       Remove(candidate, made.folder, made);
     } else {
-      const fs::path unpacked = work_ / fmt::format("unpacked-{}", candidate.experts_left);
+      const fs::path unpacked = work_ / fmt::format("unpacked-{}", made_);
       Remove(candidate, unpacked, made);
       Quantize(Model::Open(unpacked.string()), made);
       fs::remove_all(unpacked);
@@ -298,7 +301,7 @@ class Sizing {
   // Heals and writes what the plan leaves, condensed layers as one SwiGLU each.
   void Remove(const SizeCandidate& candidate, const fs::path& folder, Made& made) {
     const CompressionPlan& plan = candidate.plan;
-    const fs::path healed = work_ / fmt::format("healed-{}", candidate.experts_left);
+    const fs::path healed = work_ / fmt::format("healed-{}", made_);
     ApplyOptions options;
     Healing healing;
     if (candidate.condensed_layers() > 0) options.condensed_form = CondensedForm::kFused;

@@ -43,7 +43,8 @@ class BitsPredictor {
         rest_bytes_ -= std::min(rest_bytes_, BytesIn(fewest, expert));
       }
     }
-    const CalibrateOptions options{.compute = session.compute(),
+    const CalibrateOptions options{.relative_to_result = true,
+                                   .compute = session.compute(),
                                    .memory_budget_bytes = session.memory_budget()};
     const CalibratePlan plan =
         PlanCalibrate(model, fitting, smallest, options, session.pool().num_threads());
@@ -151,42 +152,62 @@ CompressionPlan KeepingAll(const StatsInfo& info) {
   return plan;
 }
 
-// Asks the planner for a total with the means that are allowed; nothing if there is no such plan.
+bool SameLayers(const CompressionPlan& a, const CompressionPlan& b) {
+  return std::equal(a.layers.begin(), a.layers.end(), b.layers.begin(), b.layers.end(),
+                    [](const LayerPlan& x, const LayerPlan& y) {
+                      return x.kept == y.kept && x.condensed.has_value() == y.condensed.has_value();
+                    });
+}
+
+// Asks the planner for a total with the means that are allowed.
 class Remover {
  public:
   Remover(Session& session, const Model& model, const StatsInfo& info, const SizeRequest& request)
       : info_(info), sensitivities_(info.layers.size(), 1.0) {
-    if (!request.means.removes()) return;
+    const Means& means = request.means;
+    if (!means.removes()) return;
     planner_.emplace(session, model, info, request.stats, request.neurons.string(),
                      request.spill_folder.string());
     sensitivities_ = planner_->sensitivities();
-    weights_.pruning = !request.means.drop ? kInfinity : request.heals ? kHealedShare : 1;
-    weights_.condensing = request.means.condense ? 1 : kInfinity;
+    const double pruning = request.heals ? kHealedShare : 1;
+    if (means.drop && means.condense) weights_.push_back({pruning, 1});
+    // By themselves too: the mix knows nothing of bits, and experts bear fewer than a condensed
+    // layer.
+    if (means.drop) weights_.push_back({pruning, kInfinity});
+    if (means.condense) weights_.push_back({kInfinity, 1});
   }
 
-  std::optional<SizeCandidate> Left(int64_t experts) const {
-    SizeCandidate candidate{.experts_left = experts, .plan = {}};
+  // Different plans that leave so many; none if there is none.
+  std::vector<SizeCandidate> Left(int64_t experts) const {
+    std::vector<SizeCandidate> candidates;
     if (experts == CountExperts(info_)) {
-      candidate.plan = KeepingAll(info_);
-      return candidate;
+      candidates.push_back({.experts_left = experts, .plan = KeepingAll(info_)});
+      return candidates;
     }
-    if (!planner_) return std::nullopt;
-    try {
-      candidate.plan = planner_->Decide(experts, weights_);
-    } catch (const UsageError&) {
-      return std::nullopt;  // no division of this number
+    for (const MixWeights& weights : weights_) {
+      SizeCandidate candidate{.experts_left = experts, .plan = {}};
+      try {
+        candidate.plan = planner_->Decide(experts, weights);
+      } catch (const UsageError&) {
+        continue;  // no division of this number
+      }
+      const bool known = std::any_of(
+          candidates.begin(), candidates.end(),
+          [&](const SizeCandidate& other) { return SameLayers(candidate.plan, other.plan); });
+      if (known) continue;
+      for (const LayerPlan& layer : candidate.plan.layers) {
+        candidate.removal_cost += layer.loss.value_or(0);
+      }
+      candidates.push_back(std::move(candidate));
     }
-    for (const LayerPlan& layer : candidate.plan.layers) {
-      candidate.removal_cost += layer.loss.value_or(0);
-    }
-    return candidate;
+    return candidates;
   }
   const std::vector<double>& sensitivities() const { return sensitivities_; }
 
  private:
   const StatsInfo& info_;
   std::optional<MixPlanner> planner_;
-  MixWeights weights_;
+  std::vector<MixWeights> weights_;
   std::vector<double> sensitivities_;
 };
 
@@ -199,23 +220,28 @@ class Remover {
       "give a larger size, more --means, or fewer bits to the rest (--bits-of-rest)");
 }
 
+void SortByCost(std::vector<SizeCandidate>& candidates) {
+  std::stable_sort(
+      candidates.begin(), candidates.end(),
+      [](const SizeCandidate& a, const SizeCandidate& b) { return a.predicted() < b.predicted(); });
+}
+
 // As many experts' worth as fit, in the formats they have.
-std::vector<SizeCandidate> LargestThatFits(const Model& model, const StatsInfo& info,
-                                           const SizeRequest& request, const Remover& remover) {
+std::vector<SizeCandidate> LargestThatFit(const Model& model, const StatsInfo& info,
+                                          const SizeRequest& request, const Remover& remover) {
   uint64_t smallest = model.checkpoint().total_bytes();
   int64_t fewest = CountExperts(info);
   for (int64_t experts = CountExperts(info) - 1; experts >= 0; --experts) {
-    std::optional<SizeCandidate> candidate = remover.Left(experts);
-    if (!candidate) continue;
-    const uint64_t bytes =
-        PlanRewrite(model, candidate->plan, {.condensed_form = CondensedForm::kFused}).bytes_after;
-    if (bytes <= request.bytes) {
-      std::vector<SizeCandidate> only;
-      only.push_back(std::move(*candidate));
-      return only;
+    std::vector<SizeCandidate> fitting;
+    for (SizeCandidate& candidate : remover.Left(experts)) {
+      const uint64_t bytes =
+          PlanRewrite(model, candidate.plan, {.condensed_form = CondensedForm::kFused}).bytes_after;
+      if (bytes <= request.bytes) fitting.push_back(std::move(candidate));
+      smallest = std::min(smallest, bytes);
+      fewest = experts;
     }
-    smallest = bytes;
-    fewest = experts;
+    SortByCost(fitting);
+    if (!fitting.empty()) return fitting;
   }
   RefuseSize(request, smallest, fewest);
 }
@@ -263,7 +289,7 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
                                              const StatsInfo& info, const SizeRequest& request,
                                              const std::vector<SourceBlocks>& fitting) {
   const Remover remover(session, model, info, request);
-  if (!request.means.bits) return LargestThatFits(model, info, request, remover);
+  if (!request.means.bits) return LargestThatFit(model, info, request, remover);
   const BitsPredictor bits(session, model, info, request, fitting);
   std::vector<SizeCandidate> candidates;
   uint64_t smallest = model.checkpoint().total_bytes();
@@ -271,21 +297,19 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
   for (const double share : kSharesLeft) {
     const auto experts =
         static_cast<int64_t>(share * static_cast<double>(CountExperts(info)) + 0.5);
-    std::optional<SizeCandidate> candidate = remover.Left(experts);
-    if (!candidate) continue;
-    const uint64_t bytes = bits.SmallestBytes(candidate->plan);
-    if (bytes < smallest) {
-      smallest = bytes;
-      fewest = experts;
+    for (SizeCandidate& candidate : remover.Left(experts)) {
+      const uint64_t bytes = bits.SmallestBytes(candidate.plan);
+      if (bytes < smallest) {
+        smallest = bytes;
+        fewest = experts;
+      }
+      if (bytes > request.bytes) continue;
+      candidate.bits_cost = bits.Cost(candidate.plan, remover.sensitivities());
+      candidates.push_back(std::move(candidate));
     }
-    if (bytes > request.bytes) continue;
-    candidate->bits_cost = bits.Cost(candidate->plan, remover.sensitivities());
-    candidates.push_back(std::move(*candidate));
   }
   if (candidates.empty()) RefuseSize(request, smallest, fewest);
-  std::stable_sort(
-      candidates.begin(), candidates.end(),
-      [](const SizeCandidate& a, const SizeCandidate& b) { return a.predicted() < b.predicted(); });
+  SortByCost(candidates);
   return candidates;
 }
 

@@ -257,11 +257,12 @@ TEST(Pipeline, CompressFindsHowMuchMayGo) {
     return ParseJson(result.out, "compress")["plan"]["layers"][0]["kept"].size();
   };
   // The model has 7.4 MiB, an expert of its four layers 0.75 MiB together.
-  const ProgramResult sized = compress({"--size", "6M"}, "sized");
+  const ProgramResult sized = compress({"--size", "6M", "--target", "transformers"}, "sized");
   ASSERT_EQ(sized.exit_code, 0) << sized.err;
   EXPECT_EQ(kept(sized), 6U);
   EXPECT_LE(ParseJson(sized.out, "compress")["bytes_after"].get<int64_t>(), 6 << 20);
-  const ProgramResult impossible = compress({"--size", "1M"}, "impossible");
+  const ProgramResult impossible =
+      compress({"--size", "1M", "--target", "transformers"}, "impossible");
   EXPECT_EQ(impossible.exit_code, 5) << impossible.err;
   EXPECT_NE(impossible.err.find("2.9 MiB with 2 experts"), std::string::npos) << impossible.err;
 

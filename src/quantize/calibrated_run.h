@@ -28,6 +28,9 @@ struct CalibrateOptions {
   double damping = 0.01;  // RoundCompensated
   // What the mean of the layer counts for in an expert's moments, in tokens of the expert's own.
   double prior_tokens = 64;
+  // Of MeasureExpertErrors alone: errors relative to the stream behind the layer, which is
+  // comparable with what pruning and condensing lose, in place of the stream before it.
+  bool relative_to_result = false;
   ComputePrecision compute = ComputePrecision::kF32;
   uint64_t memory_budget_bytes = 0;
 };

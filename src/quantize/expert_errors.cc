@@ -22,18 +22,24 @@ namespace {
 
 constexpr int64_t kSampleTokens = 512;  // of an expert, at most kMomentRows
 
+struct SampledTokens : WeightedTokens {
+  double scale = 1;  // of the weights, to stand for all
+};
+
 // At most kSampleTokens of an expert's tokens, evenly spaced, their weights scaled up to stand for
 // all. An expert without tokens is judged by the layer's, as if one of them were its own.
-WeightedTokens Sample(const LayerTokens& tokens, int64_t expert) {
+SampledTokens Sample(const LayerTokens& tokens, int64_t expert) {
   const WeightedTokens& all = tokens.expert(expert);
   const auto count = static_cast<int64_t>(all.tokens.size());
   if (count == 0) {
-    WeightedTokens spaced = tokens.Spaced(kSampleTokens);
+    SampledTokens spaced{tokens.Spaced(kSampleTokens)};
+    spaced.scale = 1 / static_cast<double>(spaced.weights.size());
     for (float& weight : spaced.weights) weight /= static_cast<float>(spaced.weights.size());
     return spaced;
   }
-  WeightedTokens sample;
+  SampledTokens sample;
   const int64_t taken = std::min(count, kSampleTokens);
+  sample.scale = static_cast<double>(count) / static_cast<double>(taken);
   for (int64_t i = 0; i < taken; ++i) {
     const auto at = static_cast<size_t>(i * count / taken);
     sample.tokens.push_back(all.tokens[at]);
@@ -64,6 +70,7 @@ class ErrorMeter {
       : model_(model),
         candidates_(candidates),
         control_(control),
+        relative_to_result_(options.relative_to_result),
         reader_(model, {.prefetch = plan.prefetch}),
         stream_(MakeStream(plan.tokens, model.config().hidden_size,
                            plan.spill ? spill_file : fs::path())),
@@ -107,7 +114,7 @@ class ErrorMeter {
     return result;
   }
 
-  std::vector<double> MeasureExpert(const FeedForwardWeights& expert, const WeightedTokens& sample,
+  std::vector<double> MeasureExpert(const FeedForwardWeights& expert, const SampledTokens& sample,
                                     const std::vector<float>& norm, const std::string& name) {
     const int64_t h = model_.config().hidden_size, width = expert.width();
     const auto n = static_cast<int64_t>(sample.tokens.size());
@@ -134,24 +141,36 @@ class ErrorMeter {
       };
       sweep_.RunExpert({view(expert.gate, gate), view(expert.up, up), view(expert.down, out)},
                        x.data(), n, rounded.data());
-      double error = 0;
-      for (int64_t t = 0; t < n; ++t) {
-        double difference = 0;
-        for (int64_t i = t * h; i < (t + 1) * h; ++i) {
-          const auto d =
-              static_cast<double>(rounded[static_cast<size_t>(i)] - intact[static_cast<size_t>(i)]);
-          difference += d * d;
-        }
-        error += static_cast<double>(sample.weights[static_cast<size_t>(t)]) * difference;
-      }
-      errors.push_back(error);
+      errors.push_back(ErrorOf(sample, intact, rounded));
     }
     return errors;
+  }
+
+  // Sum over tokens of weight * |rounded - intact|^2, outputs [n, hidden]. The stream behind the
+  // layer is taken as the one before it and this expert's share, at right angles: a first token's
+  // output may be a thousand times the stream it is added to.
+  double ErrorOf(const SampledTokens& sample, const std::vector<float>& intact,
+                 const std::vector<float>& rounded) const {
+    const auto h = static_cast<size_t>(model_.config().hidden_size);
+    double error = 0;
+    for (size_t t = 0; t < sample.weights.size(); ++t) {
+      double difference = 0, square = 0;
+      for (size_t i = t * h; i < (t + 1) * h; ++i) {
+        const auto d = static_cast<double>(rounded[i] - intact[i]);
+        difference += d * d;
+        square += static_cast<double>(intact[i]) * static_cast<double>(intact[i]);
+      }
+      const auto weight = static_cast<double>(sample.weights[t]);
+      const double behind = relative_to_result_ ? 1 + weight / sample.scale * square : 1;
+      error += weight * difference / behind;
+    }
+    return error;
   }
 
   const Model& model_;
   const std::vector<PackedFormat>& candidates_;
   const JobControl& control_;
+  const bool relative_to_result_;
   LayerReader reader_;
   std::unique_ptr<HiddenStates> stream_;
   LayerSweep sweep_;
