@@ -114,9 +114,9 @@ TEST(Quantize, FlagsCompleteEachOther) {
   };
   ExpectRefusal(quantize({}), "nothing to quantise");
   ExpectRefusal(quantize({"--experts", "9bit"}), "9bit");
-  ExpectRefusal(quantize({"--experts", "8bit", "--grid", "log"}), "logarithmic");
+  ExpectRefusal(quantize({"--experts", "8bit", "--grid", "log"}), "no log grid");
   ExpectRefusal(quantize({"--experts", "4bit-asym", "--group", "64"}), "4bit-asym");
-  ExpectRefusal(quantize({"--experts", "4bit", "--grid", "log", "--asymmetric"}), "symmetric");
+  ExpectRefusal(quantize({"--experts", "4bit", "--grid", "log", "--asymmetric"}), "has no minimum");
   ExpectRefusal(quantize({"--rest", "f32"}), "stored in BF16");
   ExpectRefusal(quantize({"--experts", "4bit", "--group", "48"}), "--group");
   ExpectRefusal({"quantize", folder / "a", "--experts", "4bit", "-o", folder / "d"},
