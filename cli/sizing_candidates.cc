@@ -20,6 +20,9 @@ namespace {
 
 // Experts' worth left that are tried where bits make up the rest of the size, as shares of all.
 constexpr double kSharesLeft[] = {1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25};
+// What compensated rounding leaves of the predicted cost of plain rounding: on sample-deepseek at
+// 36 % of its bytes, all experts left, 1.164 was predicted and the nll rose by 0.0241.
+constexpr double kCompensatedShare = 0.02;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 uint64_t BytesIn(const PackedFormat& format, const FeedForwardSlices& expert) {
@@ -87,7 +90,7 @@ class BitsPredictor {
       const auto choice = static_cast<size_t>(found.choice[i]);
       cost += sensitivities[layers[i]] * items[i].error[choice] / num_tokens_;
     }
-    return cost;
+    return kCompensatedShare * cost;
   }
 
   // Experts' worth of neurons that a condensed layer keeps.
@@ -310,6 +313,13 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
   }
   if (candidates.empty()) RefuseSize(request, smallest, fewest);
   SortByCost(candidates);
+  // Bits alone are always among those that are made: what the others must better.
+  const auto intact = std::find_if(
+      candidates.begin(), candidates.end(),
+      [&](const SizeCandidate& candidate) { return candidate.experts_left == CountExperts(info); });
+  if (intact != candidates.end() && intact - candidates.begin() > 1) {
+    std::rotate(candidates.begin() + 1, intact, intact + 1);
+  }
   return candidates;
 }
 

@@ -45,7 +45,8 @@ struct SizeCandidate {
   int64_t condensed_layers() const;
 };
 
-// By ascending predicted cost. QualityError if nothing fits.
+// By ascending predicted cost, but bits alone, if they fit, among the first two. QualityError if
+// nothing fits.
 std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& model,
                                              const StatsInfo& info, const SizeRequest& request,
                                              const std::vector<SourceBlocks>& fitting);
