@@ -49,38 +49,38 @@ struct ChunkScale {
   bool asymmetric;
 };
 
-template <int kBits, bool kLevels, class Store>
-HWY_INLINE void WidenVector(VU codes, const ChunkScale& how, const Store& store, int64_t column) {
+// Four columns of kLanes rows to out [4][ld].
+HWY_INLINE void WidenVector(VU codes, const ChunkScale& how, float* out, int64_t ld) {
   const DF d;
   const DI di;
-  const DU du;
-  const VU byte = hn::Set(du, 0xffu);
+  const VU byte = hn::Set(DU(), 0xffu);
   HWY_UNROLL(4)
   for (int c = 0; c < 4; ++c) {
     const VI level = hn::BitCast(di, hn::And(codes, byte));
     VF value = hn::Mul(hn::Sub(hn::ConvertTo(d, level), how.zero), how.scale);
     if (how.asymmetric) value = hn::Add(value, how.minimum);
-    store(column + c, value);
+    hn::Store(value, d, out + c * ld);
     codes = hn::ShiftRight<8>(codes);
   }
 }
 
-template <int kBits, bool kLevels, int kV = 0, class Store>
+template <int kBits, bool kLevels, int kV = 0>
 HWY_INLINE void WidenVectors(const std::byte* chunk, hn::Vec<hn::Repartition<uint8_t, DF> > levels,
-                             const ChunkScale& how, const Store& store) {
+                             const ChunkScale& how, float* out, int64_t ld) {
   VU codes = Codes<kBits, kV>(chunk);
   if constexpr (kLevels) {
     const hn::Repartition<uint8_t, DF> d8;
     codes = hn::BitCast(DU(), hn::TableLookupBytes(levels, hn::BitCast(d8, codes)));
   }
-  WidenVector<kBits, kLevels>(codes, how, store, 4 * kV);
-  if constexpr (kV < 7) WidenVectors<kBits, kLevels, kV + 1>(chunk, levels, how, store);
+  WidenVector(codes, how, out + 4 * kV * ld, ld);
+  if constexpr (kV < 7) WidenVectors<kBits, kLevels, kV + 1>(chunk, levels, how, out, ld);
 }
 
-// store(column of 0..31, kLanes values) of rows lane.. of a block, for one chunk.
-template <int kBits, bool kLevels, class Store>
-HWY_INLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
-                           const Store& store) {
+// Rows lane.. of a block, kLanes of them, one chunk: out [32][ld]. Out of line: one instance a
+// format, whatever reads it.
+template <int kBits, bool kLevels>
+HWY_NOINLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
+                             float* out, int64_t ld) {
   const DF d;
   const PackedFormat& format = w.packed;
   const std::byte* bytes = w.data + static_cast<uint64_t>(block) * PackedBlockBytes(format, w.cols);
@@ -98,80 +98,78 @@ HWY_INLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, 
     how.minimum = LoadHalves(bytes + ((groups + group) * kPackedRows + lane) * 2);
   }
   const std::byte* codes = bytes + PackedCodesOffset(format, w.cols) + chunk * 64 * kBits;
-  WidenVectors<kBits, kLevels>(codes + 4 * lane, LevelBytes(format, 128), how, store);
+  WidenVectors<kBits, kLevels>(codes + 4 * lane, LevelBytes(format, 128), how, out, ld);
 }
 
-template <class Store>
 HWY_INLINE void WidenChunkOf(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
-                             const Store& store) {
+                             float* out, int64_t ld) {
   const bool levels = HasLevels(w.packed);
   switch (w.packed.bits) {
     case 2:
-      return levels ? WidenChunk<2, true>(w, block, chunk, lane, store)
-                    : WidenChunk<2, false>(w, block, chunk, lane, store);
+      return levels ? WidenChunk<2, true>(w, block, chunk, lane, out, ld)
+                    : WidenChunk<2, false>(w, block, chunk, lane, out, ld);
     case 3:
-      return levels ? WidenChunk<3, true>(w, block, chunk, lane, store)
-                    : WidenChunk<3, false>(w, block, chunk, lane, store);
+      return levels ? WidenChunk<3, true>(w, block, chunk, lane, out, ld)
+                    : WidenChunk<3, false>(w, block, chunk, lane, out, ld);
     case 4:
-      return levels ? WidenChunk<4, true>(w, block, chunk, lane, store)
-                    : WidenChunk<4, false>(w, block, chunk, lane, store);
+      return levels ? WidenChunk<4, true>(w, block, chunk, lane, out, ld)
+                    : WidenChunk<4, false>(w, block, chunk, lane, out, ld);
     case 5:
-      return WidenChunk<5, false>(w, block, chunk, lane, store);
+      return WidenChunk<5, false>(w, block, chunk, lane, out, ld);
     case 6:
-      return WidenChunk<6, false>(w, block, chunk, lane, store);
+      return WidenChunk<6, false>(w, block, chunk, lane, out, ld);
     case 7:
-      return WidenChunk<7, false>(w, block, chunk, lane, store);
+      return WidenChunk<7, false>(w, block, chunk, lane, out, ld);
     default:
-      return WidenChunk<8, false>(w, block, chunk, lane, store);
+      return WidenChunk<8, false>(w, block, chunk, lane, out, ld);
   }
 }
 
-// Calls store(column, offset in the tile's row, values) for whole chunks of [first_column,
-// first_column + columns), a multiple of 32 and up to 31 columns more; zeros past W's last block.
-template <class Store>
-HWY_INLINE void ForPackedTile(const WeightMatrix& w, int64_t first_row, int64_t first_column,
-                              int64_t columns, const Store& store) {
+// What WidenTile makes, for whole chunks: up to 31 columns more are written; zeros past W's last
+// block.
+HWY_NOINLINE inline void WidenPackedTile(const WeightMatrix& w, int64_t first_row,
+                                         int64_t first_column, int64_t columns, float* out) {
+  constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
   const int64_t chunks = (columns + kPackedChunkColumns - 1) / kPackedChunkColumns;
   const int64_t blocks = (w.rows + kPackedRows - 1) / kPackedRows;
-  for (int64_t at = 0; at < static_cast<int64_t>(kTileColumns);
-       at += static_cast<int64_t>(kLanes)) {
+  for (int64_t at = 0; at < kColumns; at += static_cast<int64_t>(kLanes)) {
     const int64_t block = (first_row + at) / kPackedRows, lane = (first_row + at) % kPackedRows;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t column = chunk * kPackedChunkColumns;
-      const auto to = [&](int64_t c, VF value) HWY_ATTR { store(column + c, at, value); };
+      float* to = out + chunk * kPackedChunkColumns * kColumns + at;
       if (block < blocks) {
-        WidenChunkOf(w, block, (first_column + column) / kPackedChunkColumns, lane, to);
+        WidenChunkOf(w, block, first_column / kPackedChunkColumns + chunk, lane, to, kColumns);
       } else {
-        for (int64_t c = 0; c < kPackedChunkColumns; ++c) to(c, hn::Zero(DF()));
+        for (int64_t c = 0; c < kPackedChunkColumns; ++c) {
+          hn::Store(hn::Zero(DF()), DF(), to + c * kColumns);
+        }
       }
     }
   }
 }
 
-HWY_NOINLINE inline void WidenPackedTile(const WeightMatrix& w, int64_t first_row,
-                                         int64_t first_column, int64_t columns, float* out) {
-  ForPackedTile(w, first_row, first_column, columns,
-                [out](int64_t column, int64_t at, VF value) HWY_ATTR {
-                  hn::Store(value, DF(), out + column * static_cast<int64_t>(kTileColumns) + at);
-                });
-}
-
-// Weights rounded to bf16, to nearest even, two columns in one unit as PairTile makes them.
+// The same rounded to bf16, to nearest even, two columns in one unit as PairTile makes them: a
+// chunk at a time, so that f32 values stay in L1.
 HWY_NOINLINE inline void PairPackedTile(const WeightMatrix& w, int64_t first_row,
                                         int64_t first_column, int64_t columns, uint32_t* out) {
+  constexpr auto kColumns = static_cast<int64_t>(kTileColumns);
+  constexpr auto kStep = static_cast<int64_t>(kLanes);
   const DU d;
-  ForPackedTile(
-      w, first_row, first_column, columns, [&](int64_t column, int64_t at, VF value) HWY_ATTR {
-        const VU bits = hn::BitCast(d, value);
-        const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1u));
-        const VU rounded = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7fffu)));
-        uint32_t* to = out + column / 2 * static_cast<int64_t>(kTileColumns) + at;
-        if (column % 2 == 0) {
-          hn::Store(hn::ShiftRight<16>(rounded), d, to);
-        } else {
-          hn::Store(hn::Or(hn::Load(d, to), hn::And(rounded, hn::Set(d, 0xffff0000u))), d, to);
-        }
-      });
+  HWY_ALIGN float values[kPackedChunkColumns * kColumns];
+  const auto rounded = [&](const float* from) HWY_ATTR {
+    const VU bits = hn::BitCast(d, hn::Load(DF(), from));
+    const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1u));
+    return hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7fffu)));
+  };
+  for (int64_t first = 0; first < columns; first += kPackedChunkColumns) {
+    WidenPackedTile(w, first_row, first_column + first, kPackedChunkColumns, values);
+    for (int64_t c = 0; c < kPackedChunkColumns; c += 2, out += kColumns) {
+      for (int64_t at = 0; at < kColumns; at += kStep) {
+        const VU low = hn::ShiftRight<16>(rounded(values + c * kColumns + at));
+        const VU high = hn::And(rounded(values + (c + 1) * kColumns + at), hn::Set(d, 0xffff0000u));
+        hn::Store(hn::Or(low, high), d, out + at);
+      }
+    }
+  }
 }
 
 // What WidenPlainTile makes: rows side by side are taken apart through a chunk in memory.
@@ -185,9 +183,7 @@ HWY_NOINLINE inline void WidenPackedPlainTile(const WeightMatrix& w, int64_t fir
   for (int64_t row = first_row; row < first_row + rows;) {
     const int64_t block = row / kPackedRows;
     for (int64_t lane = 0; lane < kPackedRows; lane += static_cast<int64_t>(kLanes)) {
-      WidenChunkOf(w, block, chunk, lane, [&](int64_t c, VF value) HWY_ATTR {
-        hn::Store(value, DF(), values + c * kPackedRows + lane);
-      });
+      WidenChunkOf(w, block, chunk, lane, values + lane, kPackedRows);
     }
     const int64_t end = std::min((block + 1) * kPackedRows, first_row + rows);
     for (; row < end; ++row, out += kColumns) {
