@@ -133,12 +133,12 @@ TEST(Sizing, WhatCannotBeIsRefused) {
   // Gates: what was gathered stays, the output does not appear.
   EXPECT_EQ(exit_code({"--size", "200K", "--means", "bits"}), 5);
   EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"x.work"});
-  EXPECT_EQ(exit_code({"--size", "2400K", "--means", "bits", "--max-ppl-increase", "0.0001%",
+  EXPECT_EQ(exit_code({"--size", "2300K", "--means", "bits", "--max-ppl-increase", "0.0001%",
                        "--resume"}),
             5);
   EXPECT_EQ(ListFolder(folder.path()), std::vector<std::string>{"x.work"});
   EXPECT_EQ(RunWinnow(Compress(SampleModel(), folder / "x",
-                               {"--size", "2400K", "--means", "bits", "--max-ppl-increase", "400%",
+                               {"--size", "2300K", "--means", "bits", "--max-ppl-increase", "400%",
                                 "--resume"}))
                 .exit_code,
             0);
