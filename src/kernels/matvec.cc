@@ -208,8 +208,12 @@ void VectorRows::Packed(const float* x, int64_t rows, int64_t k, int64_t ld) {
 }
 
 void MatVec(std::span<const MatVecJob> jobs, ThreadPool& pool) {
-  // About 256 KiB of W each, but enough for every thread to have some of each job.
-  constexpr uint64_t kTaskBytes = 256 << 10;
+  // Long runs of W, because each begins with nothing fetched ahead, but enough for every thread.
+  constexpr uint64_t kLeastBytes = 64 << 10, kMostBytes = 1 << 20;
+  uint64_t bytes = 0;
+  for (const MatVecJob& job : jobs) bytes += job.w->bytes();
+  const uint64_t share = bytes / (8 * static_cast<uint64_t>(pool.num_threads()));
+  const uint64_t task_bytes = std::clamp(share, kLeastBytes, kMostBytes);
   std::vector<MatVecTask> tasks;
   for (const MatVecJob& job : jobs) {
     const WeightMatrix& w = *job.w;
@@ -223,7 +227,7 @@ void MatVec(std::span<const MatVecJob> jobs, ThreadPool& pool) {
       throw RuntimeError("product of rows and weights of different widths");
     }
     const int64_t group = GroupRows(w), groups = (w.rows + group - 1) / group;
-    const int64_t by_bytes = static_cast<int64_t>(w.bytes() / kTaskBytes) + 1;
+    const int64_t by_bytes = static_cast<int64_t>(w.bytes() / task_bytes) + 1;
     const int64_t wanted = jobs.size() == 1 ? pool.num_threads() : 1;
     const int64_t parts = std::min(groups, std::max(by_bytes, wanted));
     const int64_t step = (groups + parts - 1) / parts;

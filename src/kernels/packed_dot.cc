@@ -168,6 +168,7 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, i
   const DF d;
   const DI di;
   const std::byte* chunk = block + layout.codes_bytes + 4 * lane;
+  if (lane == 0) PrefetchScales(chunk, layout.codes_bytes);
   const auto levels = LevelBytes(task.w->packed, 128);
   const VF to_levels = hn::Set(d, kLevels ? 1.0f / 64 : 1.0f);
   for (size_t r = 0; r < kXRows; ++r) y[r] = hn::Zero(d);

@@ -82,6 +82,7 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout
                                  int64_t first, int64_t block) {
   const std::byte* bytes = task.w->data + static_cast<uint64_t>(block) * layout.block_bytes;
   const std::byte* chunk = bytes + layout.codes_bytes;
+  PrefetchScales(chunk, layout.codes_bytes);
   __m512 y[kXRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kXRows; ++r) y[r] = _mm512_setzero_ps();
