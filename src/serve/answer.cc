@@ -229,6 +229,7 @@ std::vector<OrderedJson> Answer::Chunks(const SequenceEvent& event) {
   const bool first = !choice.begun;
   choice.begun = true;
   OrderedJson json = Frame(object);
+  if (form_.include_usage) json["usage"] = nullptr;  // in all but the last chunk
   OrderedJson one = {{"index", event.sequence}};
   if (form_.chat) {
     if (first) {
@@ -264,7 +265,6 @@ std::vector<OrderedJson> Answer::Chunks(const SequenceEvent& event) {
       json["winnow"] = {{"seed", form_.seed}};
     }
   }
-  if (form_.include_usage) json["usage"] = nullptr;
   chunks.push_back(std::move(json));
   return chunks;
 }

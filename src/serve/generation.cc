@@ -1,6 +1,14 @@
 #include "serve/generation.h"
 
 namespace winnow {
+namespace {
+
+// A copy that shares nothing: copied exceptions share their text, which another thread may drop.
+ApiError CopyForThread(const ApiError& error) {
+  return ApiError(error.status(), error.code(), std::string(error.what()), error.param());
+}
+
+}  // namespace
 
 std::optional<SequenceEvent> Generation::Next(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
@@ -11,7 +19,7 @@ std::optional<SequenceEvent> Generation::Next(std::chrono::milliseconds patience
     events_.pop_front();
     return event;
   }
-  if (failure_) throw *failure_;
+  if (failure_) throw CopyForThread(*failure_);
   return {};
 }
 
@@ -34,7 +42,7 @@ void Generation::Fail(const ApiError& error) {
   {
     const std::lock_guard lock(mutex_);
     if (failure_ || unfinished_ == 0) return;
-    failure_.emplace(error);
+    failure_.emplace(CopyForThread(error));
   }
   changed_.notify_all();
 }
