@@ -30,6 +30,12 @@ class RawClient {
     }
     return text;
   }
+  // What comes first.
+  std::string ReadSome() {
+    char buffer[4096];
+    const ssize_t got = recv(socket_, buffer, sizeof(buffer), 0);
+    return {buffer, static_cast<size_t>(std::max<ssize_t>(0, got))};
+  }
   void Close() {
     if (socket_ >= 0) close(socket_);
     socket_ = -1;
@@ -147,7 +153,7 @@ struct Gate {
     FakeRunner::Options options = SampleRunner(slots, 128);
     options.before_call = [this] {
       reached = true;
-      while (!open) std::this_thread::yield();
+      while (!open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     };
     return options;
   }
@@ -202,7 +208,8 @@ TEST(Server, TooManyConnectionsAreToldSo) {
   std::vector<std::unique_ptr<RawClient>> idle;
   for (int i = 0; i < 3; ++i) {
     idle.push_back(std::make_unique<RawClient>(running.port()));
-    idle.back()->Send("GET /health HTTP/1.1\r\n");  // and it is not done yet
+    idle.back()->Send("GET /health HTTP/1.1\r\n\r\n");
+    EXPECT_TRUE(idle.back()->ReadSome().starts_with("HTTP/1.1 200"));  // and it stays open
   }
   RawClient more(running.port());
   EXPECT_TRUE(more.ReadAll().starts_with("HTTP/1.1 503"));

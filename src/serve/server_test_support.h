@@ -56,6 +56,7 @@ class Running {
   httplib::Client Client() const {
     httplib::Client client("127.0.0.1", port_);
     client.set_keep_alive(true);
+    client.set_read_timeout(600);  // sanitizers on a busy machine are slow
     return client;
   }
   int port() const { return port_; }
