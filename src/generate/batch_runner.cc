@@ -70,7 +70,7 @@ struct BatchRunner::State {
   const ModelConfig& config;
   const BatchOptions options;
   ThreadPool& pool;
-  const JobControl& control;
+  const JobControl control;  // a copy: callers may pass a temporary
   LayerReader reader;
   AttentionBlock attention;
   FeedForwardBlock feed_forward;

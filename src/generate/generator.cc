@@ -142,7 +142,7 @@ class Generator::StreamedModel : public NextLogits {
  private:
   const Model& model_;
   ThreadPool& pool_;
-  const JobControl& control_;
+  const JobControl control_;
   LayerReader reader_;
   AttentionBlock attention_;
   FeedForwardBlock feed_forward_;
