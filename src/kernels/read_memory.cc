@@ -13,7 +13,7 @@ HWY_BEFORE_NAMESPACE();
 namespace winnow {
 namespace HWY_NAMESPACE {
 
-// A sum nobody wants, which depends on every byte.
+// A number nobody wants, which depends on every byte.
 uint64_t ReadAll(const std::byte* data, size_t bytes) {
   const hn::ScalableTag<uint64_t> d;
   const size_t step = hn::Lanes(d) * sizeof(uint64_t);
@@ -21,12 +21,15 @@ uint64_t ReadAll(const std::byte* data, size_t bytes) {
   size_t i = 0;
   for (; i + 4 * step <= bytes; i += 4 * step) {
     __builtin_prefetch(data + i + 4096);
-    a = hn::Add(a, hn::LoadU(d, As<uint64_t>(data + i)));
-    b = hn::Add(b, hn::LoadU(d, As<uint64_t>(data + i + step)));
-    c = hn::Add(c, hn::LoadU(d, As<uint64_t>(data + i + 2 * step)));
-    e = hn::Add(e, hn::LoadU(d, As<uint64_t>(data + i + 3 * step)));
+    a = hn::Xor(a, hn::LoadU(d, As<uint64_t>(data + i)));
+    b = hn::Xor(b, hn::LoadU(d, As<uint64_t>(data + i + step)));
+    c = hn::Xor(c, hn::LoadU(d, As<uint64_t>(data + i + 2 * step)));
+    e = hn::Xor(e, hn::LoadU(d, As<uint64_t>(data + i + 3 * step)));
   }
-  uint64_t sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(a, b), hn::Add(c, e))));
+  HWY_ALIGN uint64_t lanes[HWY_MAX_BYTES / sizeof(uint64_t)] = {};
+  hn::Store(hn::Xor(hn::Xor(a, b), hn::Xor(c, e)), d, lanes);
+  uint64_t sum = 0;
+  for (const uint64_t lane : lanes) sum ^= lane;
   for (; i < bytes; ++i) sum += static_cast<uint64_t>(data[i]);
   return sum;
 }
