@@ -44,4 +44,12 @@ class AlignedBuffer {
   size_t size_ = 0;
 };
 
+// Makes room for `count` elements; what the buffer held is lost if there was less.
+template <class T>
+void Grow(AlignedBuffer<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count) {
+    buffer = AlignedBuffer<T>(static_cast<size_t>(count));
+  }
+}
+
 }  // namespace winnow

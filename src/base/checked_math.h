@@ -26,4 +26,9 @@ inline uint64_t CheckedAdd(uint64_t a, uint64_t b, std::string_view what) {
   return result;
 }
 
+// a / b rounded up, of checked sizes: a >= 0, b > 0.
+constexpr int64_t CeilDiv(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 }  // namespace winnow

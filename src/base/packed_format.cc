@@ -15,10 +15,6 @@ namespace {
 
 constexpr std::string_view kWhat = "packed matrix";
 
-int64_t CeilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // The plane of `bits` that holds bit `from` and the ones above it: its width.
 int PlaneWidth(int bits, int from) {
   const int left = bits - from;

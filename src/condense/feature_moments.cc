@@ -13,12 +13,6 @@ namespace {
 
 constexpr int64_t kPanel = 256;  // features multiplied with all others at once
 
-void Grow(AlignedBuffer<float>& buffer, int64_t count) {
-  if (static_cast<int64_t>(buffer.size()) < count) {
-    buffer = AlignedBuffer<float>(static_cast<size_t>(count));
-  }
-}
-
 // out [columns, rows] = in [rows, columns] transposed.
 void Transpose(const float* in, int64_t rows, int64_t columns, float* out, ThreadPool& pool) {
   constexpr int64_t kTile = 32;

@@ -12,12 +12,6 @@ namespace {
 
 constexpr int64_t kQueryBlock = 128;  // queries scored at once against the keys they see
 
-void Grow(AlignedBuffer<float>& buffer, int64_t count) {
-  if (static_cast<int64_t>(buffer.size()) < count) {
-    buffer = AlignedBuffer<float>(static_cast<size_t>(count));
-  }
-}
-
 WeightMatrix AsMatrix(const float* data, int64_t rows, int64_t cols, int64_t row_stride) {
   return {reinterpret_cast<const std::byte*>(data), rows, cols, Dtype::kF32, row_stride};
 }

@@ -15,13 +15,6 @@ constexpr int64_t kMlpRows = 512;
 constexpr int64_t kRoutedChunk = 4096;
 constexpr uint64_t kAllExpertsBytes = uint64_t{64} << 20;
 
-template <class T>
-void Grow(AlignedBuffer<T>& buffer, int64_t count) {
-  if (static_cast<int64_t>(buffer.size()) < count) {
-    buffer = AlignedBuffer<T>(static_cast<size_t>(count));
-  }
-}
-
 // Calls body(first, end) for row ranges in parallel.
 template <class Body>
 void ForRows(ThreadPool& pool, int64_t n, const Body& body) {

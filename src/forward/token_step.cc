@@ -13,12 +13,6 @@
 namespace winnow {
 namespace {
 
-void Grow(AlignedBuffer<float>& buffer, int64_t count) {
-  if (static_cast<int64_t>(buffer.size()) < count) {
-    buffer = AlignedBuffer<float>(static_cast<size_t>(count));
-  }
-}
-
 // Rows in the forms that these weights need.
 void Prepare(VectorRows& rows, std::span<const WeightMatrix* const> weights, const float* x,
              int64_t count, int64_t k) {

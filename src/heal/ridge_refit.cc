@@ -464,12 +464,6 @@ class Refitter {
     });
   }
 
-  static void Grow(AlignedBuffer<float>& buffer, int64_t count) {
-    if (static_cast<int64_t>(buffer.size()) < count) {
-      buffer = AlignedBuffer<float>(static_cast<size_t>(count));
-    }
-  }
-
   const RefitInput& in_;
   ThreadPool& pool_;
   const JobControl& control_;

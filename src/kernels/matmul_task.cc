@@ -3,15 +3,12 @@
 #include <algorithm>
 #include <string>
 
+#include "base/checked_math.h"   // CeilDiv
 #include "base/error.h"          // RuntimeError
 #include "kernels/tile_shape.h"  // TileShape, kBlockColumns
 
 namespace winnow {
 namespace {
-
-int64_t CeilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 struct TaskSize {
   int64_t panels;

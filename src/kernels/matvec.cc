@@ -168,13 +168,6 @@ HWY_EXPORT(MatVecRange);
 
 namespace {
 
-template <class T>
-void Grow(AlignedBuffer<T>& buffer, int64_t count) {
-  if (static_cast<int64_t>(buffer.size()) < count) {
-    buffer = AlignedBuffer<T>(static_cast<size_t>(count));
-  }
-}
-
 // A range of W's rows of one job: `first` and `end` count groups of rows.
 struct MatVecTask {
   const MatVecJob* job;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/packed_instances.h"  // PackedLayout, WithFormat
 #include "kernels/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -20,29 +21,11 @@ inline constexpr auto kChunk = static_cast<size_t>(kPackedChunkColumns);
 inline constexpr int64_t kStride = DigitBytes(DigitForm::kPairsAndBytes);
 inline constexpr int64_t kBytesAt = 64;  // after the pairs
 
-// Where a block of W keeps what; `cols` and the format are the same for all blocks.
-struct BlockLayout {
-  explicit BlockLayout(const WeightMatrix& w)
-      : block_bytes(PackedBlockBytes(w.packed, w.cols)),
-        codes_bytes(PackedCodesOffset(w.packed, w.cols)),
-        chunks((w.cols + kPackedChunkColumns - 1) / kPackedChunkColumns),
-        chunks_per_group(w.packed.group_columns / kPackedChunkColumns),
-        groups((w.cols + w.packed.group_columns - 1) / w.packed.group_columns),
-        zero(w.packed.grid == PackedGrid::kSymmetric ? 1 << (w.packed.bits - 1)
-             : HasLevels(w.packed)                   ? 128
-                                                     : 0),
-        asymmetric(w.packed.grid == PackedGrid::kAsymmetric) {}
-  uint64_t block_bytes, codes_bytes;
-  int64_t chunks, chunks_per_group, groups;
-  int32_t zero;
-  bool asymmetric;
-};
-
 #if HWY_TARGET == HWY_SCALAR
 
 void PackedDot(const PackedDotTask& task) {
   const WeightMatrix& w = *task.w;
-  const BlockLayout layout(w);
+  const PackedLayout layout(w);
   for (int64_t row = task.first_block * kPackedRows;
        row < std::min(w.rows, task.end_block * kPackedRows); ++row) {
     const std::byte* block = w.data + static_cast<uint64_t>(row / kPackedRows) * layout.block_bytes;
@@ -163,7 +146,7 @@ HWY_INLINE void SumChunk(const std::byte* chunk, const std::byte* digits,
 
 // kLanes rows of a block, from its row `lane`, against kXRows rows of X from `first`.
 template <int kBits, bool kLevels, size_t kXRows>
-HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, int64_t first,
+HWY_INLINE void DotLanes(const PackedDotTask& task, const PackedLayout& layout, int64_t first,
                          const std::byte* block, int64_t lane, VF (&y)[kXRows]) {
   const DF d;
   const DI di;
@@ -198,7 +181,7 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const BlockLayout& layout, i
 }
 
 template <int kBits, bool kLevels, size_t kXRows>
-HWY_NOINLINE void DotBlock(const PackedDotTask& task, const BlockLayout& layout, int64_t first,
+HWY_NOINLINE void DotBlock(const PackedDotTask& task, const PackedLayout& layout, int64_t first,
                            int64_t block) {
   const DF d;
   const std::byte* bytes = task.w->data + static_cast<uint64_t>(block) * layout.block_bytes;
@@ -218,7 +201,7 @@ HWY_NOINLINE void DotBlock(const PackedDotTask& task, const BlockLayout& layout,
 
 template <int kBits, bool kLevels>
 void DotBlocks(const PackedDotTask& task) {
-  const BlockLayout layout(*task.w);
+  const PackedLayout layout(*task.w);
   for (int64_t block = task.first_block; block < task.end_block; ++block) {
     int64_t first = 0;
     for (; first + 4 <= task.rows; first += 4)
@@ -227,31 +210,8 @@ void DotBlocks(const PackedDotTask& task) {
   }
 }
 
-template <int kBits>
-void DotBlocksOf(const PackedDotTask& task) {
-  if constexpr (kBits <= 4) {
-    if (HasLevels(task.w->packed)) return DotBlocks<kBits, true>(task);
-  }
-  DotBlocks<kBits, false>(task);
-}
-
 void PackedDot(const PackedDotTask& task) {
-  switch (task.w->packed.bits) {
-    case 2:
-      return DotBlocksOf<2>(task);
-    case 3:
-      return DotBlocksOf<3>(task);
-    case 4:
-      return DotBlocksOf<4>(task);
-    case 5:
-      return DotBlocksOf<5>(task);
-    case 6:
-      return DotBlocksOf<6>(task);
-    case 7:
-      return DotBlocksOf<7>(task);
-    default:
-      return DotBlocksOf<8>(task);
-  }
+  WithFormat(task.w->packed, [&]<int kBits, bool kLevels>() { DotBlocks<kBits, kLevels>(task); });
 }
 
 #endif  // HWY_TARGET == HWY_SCALAR

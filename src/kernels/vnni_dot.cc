@@ -12,6 +12,7 @@
 
 #include "base/packed_format.h"
 #include "kernels/packed_dot.h"
+#include "kernels/packed_instances.h"  // PackedLayout, WithFormat
 
 #define WINNOW_VNNI_TARGET __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define WINNOW_VNNI_INLINE \
@@ -69,17 +70,10 @@ WINNOW_VNNI_INLINE void AddVectors(const std::byte* chunk, const std::byte* digi
   }
 }
 
-struct Layout {
-  uint64_t block_bytes, codes_bytes;
-  int64_t chunks, chunks_per_group, groups;
-  int32_t zero;
-  bool asymmetric;
-};
-
 // A block of 16 rows of W against kXRows rows of X from `first`.
 template <int kBits, bool kLevels, int kXRows>
-WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout, __m512i levels,
-                                 int64_t first, int64_t block) {
+WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const PackedLayout& layout,
+                                 __m512i levels, int64_t first, int64_t block) {
   const std::byte* bytes = task.w->data + static_cast<uint64_t>(block) * layout.block_bytes;
   const std::byte* chunk = bytes + layout.codes_bytes;
   PrefetchScales(chunk, layout.codes_bytes);
@@ -123,19 +117,9 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const Layout& layout
 
 template <int kBits, bool kLevels>
 WINNOW_VNNI_TARGET void DotBlocks(const PackedDotTask& task) {
-  const PackedFormat& format = task.w->packed;
-  const int64_t cols = task.w->cols;
-  const Layout layout = {.block_bytes = PackedBlockBytes(format, cols),
-                         .codes_bytes = PackedCodesOffset(format, cols),
-                         .chunks = (cols + kPackedChunkColumns - 1) / kPackedChunkColumns,
-                         .chunks_per_group = format.group_columns / kPackedChunkColumns,
-                         .groups = (cols + format.group_columns - 1) / format.group_columns,
-                         .zero = kLevels                                 ? 128
-                                 : format.grid == PackedGrid::kSymmetric ? 1 << (kBits - 1)
-                                                                         : 0,
-                         .asymmetric = format.grid == PackedGrid::kAsymmetric};
+  const PackedLayout layout(*task.w);
   alignas(64) uint8_t level_bytes[64];
-  const std::array<int8_t, 16> grid = GridLevels(format);
+  const std::array<int8_t, 16> grid = GridLevels(task.w->packed);
   for (size_t i = 0; i < 64; ++i) level_bytes[i] = static_cast<uint8_t>(grid[i % 16] + 128);
   const __m512i levels = _mm512_load_si512(static_cast<const void*>(level_bytes));
   for (int64_t block = task.first_block; block < task.end_block; ++block) {
@@ -153,14 +137,6 @@ WINNOW_VNNI_TARGET void DotBlocks(const PackedDotTask& task) {
   }
 }
 
-template <int kBits>
-void DotBlocksOf(const PackedDotTask& task) {
-  if constexpr (kBits <= 4) {
-    if (HasLevels(task.w->packed)) return DotBlocks<kBits, true>(task);
-  }
-  DotBlocks<kBits, false>(task);
-}
-
 }  // namespace
 
 bool CpuHasVnni() {
@@ -169,22 +145,7 @@ bool CpuHasVnni() {
 }
 
 void RunPackedDotVnni(const PackedDotTask& task) {
-  switch (task.w->packed.bits) {
-    case 2:
-      return DotBlocksOf<2>(task);
-    case 3:
-      return DotBlocksOf<3>(task);
-    case 4:
-      return DotBlocksOf<4>(task);
-    case 5:
-      return DotBlocksOf<5>(task);
-    case 6:
-      return DotBlocksOf<6>(task);
-    case 7:
-      return DotBlocksOf<7>(task);
-    default:
-      return DotBlocksOf<8>(task);
-  }
+  WithFormat(task.w->packed, [&]<int kBits, bool kLevels>() { DotBlocks<kBits, kLevels>(task); });
 }
 
 }  // namespace winnow

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "kernels/packed_codes-inl.h"
+#include "kernels/packed_instances.h"  // PackedLayout, WithFormat
 #include "kernels/simd-inl.h"
 #include "kernels/weight_matrix.h"  // WeightMatrix
 
@@ -82,47 +83,26 @@ template <int kBits, bool kLevels>
 HWY_NOINLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
                              float* out, int64_t ld) {
   const DF d;
-  const PackedFormat& format = w.packed;
-  const std::byte* bytes = w.data + static_cast<uint64_t>(block) * PackedBlockBytes(format, w.cols);
-  const int64_t group = chunk * kPackedChunkColumns / format.group_columns;
-  const int64_t groups = (w.cols + format.group_columns - 1) / format.group_columns;
-  const bool asymmetric = format.grid == PackedGrid::kAsymmetric;
-  ChunkScale how = {.zero = hn::Set(d, kLevels      ? 128.0f
-                                       : asymmetric ? 0.0f
-                                                    : float(1 << (kBits - 1))),
+  const PackedLayout layout(w);
+  const std::byte* bytes = w.data + static_cast<uint64_t>(block) * layout.block_bytes;
+  const int64_t group = chunk / layout.chunks_per_group;
+  ChunkScale how = {.zero = hn::Set(d, static_cast<float>(layout.zero)),
                     .scale = LoadHalves(bytes + (group * kPackedRows + lane) * 2),
                     .minimum = hn::Zero(d),
-                    .asymmetric = asymmetric};
+                    .asymmetric = layout.asymmetric};
   if constexpr (kLevels) how.scale = hn::Mul(how.scale, hn::Set(d, 1.0f / 64));
-  if (asymmetric) {
-    how.minimum = LoadHalves(bytes + ((groups + group) * kPackedRows + lane) * 2);
+  if (layout.asymmetric) {
+    how.minimum = LoadHalves(bytes + ((layout.groups + group) * kPackedRows + lane) * 2);
   }
-  const std::byte* codes = bytes + PackedCodesOffset(format, w.cols) + chunk * 64 * kBits;
-  WidenVectors<kBits, kLevels>(codes + 4 * lane, LevelBytes(format, 128), how, out, ld);
+  const std::byte* codes = bytes + layout.codes_bytes + chunk * 64 * kBits;
+  WidenVectors<kBits, kLevels>(codes + 4 * lane, LevelBytes(w.packed, 128), how, out, ld);
 }
 
 HWY_INLINE void WidenChunkOf(const WeightMatrix& w, int64_t block, int64_t chunk, int64_t lane,
                              float* out, int64_t ld) {
-  const bool levels = HasLevels(w.packed);
-  switch (w.packed.bits) {
-    case 2:
-      return levels ? WidenChunk<2, true>(w, block, chunk, lane, out, ld)
-                    : WidenChunk<2, false>(w, block, chunk, lane, out, ld);
-    case 3:
-      return levels ? WidenChunk<3, true>(w, block, chunk, lane, out, ld)
-                    : WidenChunk<3, false>(w, block, chunk, lane, out, ld);
-    case 4:
-      return levels ? WidenChunk<4, true>(w, block, chunk, lane, out, ld)
-                    : WidenChunk<4, false>(w, block, chunk, lane, out, ld);
-    case 5:
-      return WidenChunk<5, false>(w, block, chunk, lane, out, ld);
-    case 6:
-      return WidenChunk<6, false>(w, block, chunk, lane, out, ld);
-    case 7:
-      return WidenChunk<7, false>(w, block, chunk, lane, out, ld);
-    default:
-      return WidenChunk<8, false>(w, block, chunk, lane, out, ld);
-  }
+  WithFormat(w.packed, [&]<int kBits, bool kLevels>() {
+    WidenChunk<kBits, kLevels>(w, block, chunk, lane, out, ld);
+  });
 }
 
 // What WidenTile makes, for whole chunks: up to 31 columns more are written; zeros past W's last

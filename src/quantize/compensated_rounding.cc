@@ -13,6 +13,7 @@
 #include <numeric>
 #include <vector>
 
+#include "base/checked_math.h"  // CeilDiv
 #include "base/error.h"
 #include "kernels/inverse.h"
 #include "kernels/matmul.h"
@@ -23,10 +24,6 @@ namespace winnow {
 namespace {
 
 constexpr int64_t kBlockColumns = 128;  // rounded before the columns after them are updated
-
-int64_t CeilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 struct Block {
   int64_t first = 0, count = 0;  // positions in the order

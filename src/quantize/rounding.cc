@@ -7,16 +7,13 @@
 #include <cstring>
 #include <vector>
 
+#include "base/checked_math.h"  // CeilDiv
 #include "base/error.h"
 #include "kernels/matmul.h"
 #include "quantize/group_fit.h"
 
 namespace winnow {
 namespace {
-
-int64_t CeilDiv(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 void CheckFinite(const float* row, int64_t index, int64_t cols) {
   for (int64_t col = 0; col < cols; ++col) {
