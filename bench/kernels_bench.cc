@@ -25,6 +25,7 @@
 #include "kernels/matmul.h"
 #include "kernels/matvec.h"
 #include "kernels/targets.h"
+#include "kernels/throughput.h"
 #include "machine_peak.h"
 #include "onednn_matmul.h"
 
@@ -190,7 +191,7 @@ void BenchMatVec(const char* name, int64_t rows, int64_t n, int64_t k, const Opt
   const bool cpu = options.threads == 1;
   Timer read{cpu}, ours{cpu};
   for (int round = 0; round < options.rounds; ++round) {
-    read.Time([&] { ReadBurst(bf16.view.data, w_bytes, pool); });
+    read.Time([&] { MeasureReadGigabytes({bf16.view.data, bf16.view.bytes()}, pool); });
     ours.Time([&] { MatVec(x.data(), rows, bf16.view, y.data(), n, pool); });
   }
   const double gigabytes = static_cast<double>(w_bytes) * 1e-9;
@@ -238,7 +239,7 @@ void BenchPacked(const char* format_name, int64_t rows, int64_t n, int64_t k,
   }
   Timer read{options.threads == 1}, ours{options.threads == 1};
   for (int round = 0; round < options.rounds; ++round) {
-    read.Time([&] { ReadBurst(w.data, static_cast<int64_t>(w.bytes()), pool); });
+    read.Time([&] { MeasureReadGigabytes({w.data, w.bytes()}, pool); });
     ours.Time([&] { MatVec(x.data(), rows, w, y.data(), n, pool); });
   }
   const double gigabytes = static_cast<double>(w.bytes()) * 1e-9;

@@ -50,20 +50,6 @@ void MulAddScalar() {
 
 #undef WINNOW_FMA_CHAINS
 
-__attribute__((target("avx2"))) void ReadAvx2(const std::byte* data, int64_t bytes) {
-  __m256i sums[4] = {};
-  for (int64_t i = 0; i + 128 <= bytes; i += 128) {
-    // A page ahead: the hardware does not run across pages by itself.
-    _mm_prefetch(data + i + 4096, _MM_HINT_T1);
-    _mm_prefetch(data + i + 4096 + 64, _MM_HINT_T1);
-    for (int c = 0; c < 4; ++c) {
-      const void* from = data + i + 32 * c;
-      sums[c] = _mm256_xor_si256(sums[c], _mm256_loadu_si256(static_cast<const __m256i*>(from)));
-    }
-  }
-  for (__m256i& sum : sums) asm volatile("" : "+x"(sum));
-}
-
 }  // namespace
 
 double SecondsOf(const std::function<void()>& call, bool cpu_time) {
@@ -87,13 +73,6 @@ double FmaBurst(std::string_view isa, ThreadPool& pool) {
   });
   const int lanes = avx512 ? 16 : avx2 ? 8 : 1;
   return 2.0 * kFmaRounds * kChains * lanes * pool.num_threads();
-}
-
-void ReadBurst(const std::byte* data, int64_t bytes, ThreadPool& pool) {
-  constexpr int64_t kPart = 1 << 20;
-  pool.Run((bytes + kPart - 1) / kPart, [&](int64_t part, int) {
-    ReadAvx2(data + part * kPart, std::min(kPart, bytes - part * kPart));
-  });
 }
 
 }  // namespace winnow

@@ -18,7 +18,4 @@ double SecondsOf(const std::function<void()>& call, bool cpu_time);
 // done (2 per FMA and lane).
 double FmaBurst(std::string_view isa, ThreadPool& pool);
 
-// Reads `bytes` of memory once, split among the threads.
-void ReadBurst(const std::byte* data, int64_t bytes, ThreadPool& pool);
-
 }  // namespace winnow

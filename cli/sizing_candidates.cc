@@ -25,12 +25,6 @@ constexpr double kSharesLeft[] = {1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25};
 constexpr double kCompensatedShare = 0.02;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-uint64_t BytesIn(const PackedFormat& format, const FeedForwardSlices& expert) {
-  return PackedBytes(format, expert.gate.rows, expert.gate.cols) +
-         PackedBytes(format, expert.up.rows, expert.up.cols) +
-         PackedBytes(format, expert.down.rows, expert.down.cols);
-}
-
 // Predicts what bits cost for experts that are left, from errors measured once with all of them.
 class BitsPredictor {
  public:
@@ -40,10 +34,10 @@ class BitsPredictor {
     PackedFormat fewest = formats_.front();
     const QuantizePlan smallest = UniformQuantizePlan(model, fewest, request.rest);
     CheckQuantizePlan(model, smallest);
-    for (const PackedShard& shard : LayOutPacked(model, smallest)) rest_bytes_ += shard.bytes;
+    rest_bytes_ = QuantizedFileBytes(model, smallest);
     for (const StatsLayer& layer : info.layers) {
       for (const FeedForwardSlices& expert : ExpertsOf(layer)) {
-        rest_bytes_ -= std::min(rest_bytes_, BytesIn(fewest, expert));
+        rest_bytes_ -= std::min(rest_bytes_, PackedExpertBytes(expert, fewest));
       }
     }
     const CalibrateOptions options{.relative_to_result = true,
@@ -66,8 +60,8 @@ class BitsPredictor {
       const LayerPlan& layer = plan.layers[i];
       if (!layer.condensed) continue;
       const FeedForwardSlices& expert = ExpertsOf(info_.layers[i]).front();
-      const uint64_t each =
-          request_.rest.empty() ? info_.layers[i].expert_bytes : BytesIn(request_.rest, expert);
+      const uint64_t each = request_.rest.empty() ? info_.layers[i].expert_bytes
+                                                  : PackedExpertBytes(expert, request_.rest);
       bytes += each * static_cast<uint64_t>(WorthOf(layer));
     }
     return bytes;
@@ -122,7 +116,7 @@ class BitsPredictor {
         const auto expert = static_cast<size_t>(e);
         AllocationItem item;
         for (size_t f = 0; f < formats_.size(); ++f) {
-          item.bytes.push_back(BytesIn(formats_[f], ExpertsOf(info_.layers[i])[expert]));
+          item.bytes.push_back(PackedExpertBytes(ExpertsOf(info_.layers[i])[expert], formats_[f]));
           item.error.push_back(errors[expert][f] * (kept > 0 ? all / kept : 1));
         }
         items.push_back(std::move(item));

@@ -32,24 +32,7 @@ FeedForwardBlock::FeedForwardBlock(const ModelConfig& config, ThreadPool& pool,
 void FeedForwardBlock::SetSkipping(const SkipBetas& betas) {
   betas_ = betas;
   betas_.resize(config_.layers.size());
-  skip_counts_ = {};
-  skip_counts_.tokens.resize(config_.layers.size());
-  skip_counts_.experts.resize(config_.layers.size());
-  skip_counts_.reduced.resize(config_.layers.size());
-  skip_counts_.dropped_weight.resize(config_.layers.size());
-}
-
-void FeedForwardBlock::CountSkipped(int64_t layer, int64_t n) {
-  const auto at = static_cast<size_t>(layer);
-  const int64_t k = config_.num_experts_per_tok;
-  skip_counts_.tokens[at] += n;
-  for (int64_t t = 0; t < n; ++t) {
-    int64_t used = 0;
-    for (int64_t i = 0; i < k; ++i) used += ids_[static_cast<size_t>(t * k + i)] >= 0 ? 1 : 0;
-    skip_counts_.experts[at] += used;
-    skip_counts_.reduced[at] += used < k ? 1 : 0;
-    skip_counts_.dropped_weight[at] += static_cast<double>(dropped_weight_[static_cast<size_t>(t)]);
-  }
+  skip_counts_ = SkipCounts(config_.layers.size());
 }
 
 int64_t FeedForwardBlock::ChunkTokens(const ModelConfig& config, const LayerConfig& layer,
@@ -134,7 +117,9 @@ void FeedForwardBlock::RunChunk(const LayerWeights& weights, const FeedForwardCa
                     ids_.data() + first * k, weights_.data() + first * k, beta,
                     dropped_weight_.data() + first);
     });
-    if (!betas_.empty()) CountSkipped(call.layer, n);
+    if (!betas_.empty()) {
+      skip_counts_.Count(call.layer, n, k, ids_.data(), dropped_weight_.data());
+    }
     const bool all = call.observer != nullptr && call.observer->WantsExpertOutputs();
     const bool selected = call.observer != nullptr && call.observer->WantsSelectedOutputs();
     if (selected && !all) Grow(selected_, n * k * h);

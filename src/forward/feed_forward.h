@@ -61,7 +61,6 @@ class FeedForwardBlock {
   void RouteGathered(const LayerWeights& weights, const FeedForwardCall& call, int64_t n,
                      bool keep_outputs);
   void RouteAllExperts(const LayerWeights& weights, int64_t n);
-  void CountSkipped(int64_t layer, int64_t n);
   void AddShared(const LayerWeights& weights, const FeedForwardCall& call, int64_t n);
   // Layers without a router: what they have is added up in output_.
   void RunUnrouted(const LayerWeights& weights, const FeedForwardCall& call, int64_t n);

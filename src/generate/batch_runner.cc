@@ -126,7 +126,7 @@ BatchRunner::BatchRunner(const Model& model, BatchOptions options, ThreadPool& p
   State& s = *state_;
   if (!s.options.skip_betas.empty()) {
     s.feed_forward.SetSkipping(s.options.skip_betas);
-    s.decode_skips = s.feed_forward.skip_counts();
+    s.decode_skips = SkipCounts(s.config.layers.size());
   }
   s.head = LoadRows(model, model.lm_head(), 0, s.config.vocab_size);
   s.final_norm = LoadVector(model, model.final_norm());
@@ -234,27 +234,16 @@ void BatchRunner::Prefill(
 }
 
 void BatchRunner::State::CountDecoded(const LayerWeights& weights, int64_t layer, int64_t rows) {
-  const int64_t k = config.num_experts_per_tok;
-  const std::span<const int32_t> ids = step.ids();
-  const auto at = static_cast<size_t>(layer);
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t used = 0;
-    for (int64_t j = 0; j < k; ++j) {
-      const int32_t id = ids[static_cast<size_t>(i * k + j)];
-      if (id < 0) continue;
-      const FeedForwardWeights& expert = weights.experts[static_cast<size_t>(id)];
-      decoded_bytes +=
-          static_cast<double>(expert.gate.bytes() + expert.up.bytes() + expert.down.bytes());
-      ++used;
-    }
-    decoded_experts += static_cast<double>(used);
-    if (decode_skips.tokens.empty()) continue;
-    ++decode_skips.tokens[at];
-    decode_skips.experts[at] += used;
-    decode_skips.reduced[at] += used < k ? 1 : 0;
-    decode_skips.dropped_weight[at] +=
-        static_cast<double>(step.dropped_weight()[static_cast<size_t>(i)]);
+  for (const int32_t id : step.ids()) {
+    if (id < 0) continue;  // skipped
+    const FeedForwardWeights& expert = weights.experts[static_cast<size_t>(id)];
+    decoded_bytes +=
+        static_cast<double>(expert.gate.bytes() + expert.up.bytes() + expert.down.bytes());
+    decoded_experts += 1;
   }
+  if (decode_skips.tokens.empty()) return;
+  decode_skips.Count(layer, rows, config.num_experts_per_tok, step.ids().data(),
+                     step.dropped_weight().data());
 }
 
 void BatchRunner::Decode(std::span<const DecodeEntry> entries, std::span<float> logits) {
@@ -304,13 +293,7 @@ const ExpertUse& BatchRunner::last_experts() const {
 
 SkipCounts BatchRunner::skip_counts() const {
   SkipCounts sum = state_->feed_forward.skip_counts();
-  const SkipCounts& more = state_->decode_skips;
-  for (size_t i = 0; i < sum.tokens.size(); ++i) {
-    sum.tokens[i] += more.tokens[i];
-    sum.experts[i] += more.experts[i];
-    sum.reduced[i] += more.reduced[i];
-    sum.dropped_weight[i] += more.dropped_weight[i];
-  }
+  sum.Add(state_->decode_skips);
   return sum;
 }
 

@@ -210,16 +210,7 @@ GenerateResult Generator::Run(std::span<const int32_t> prompt,
   start = std::chrono::steady_clock::now();
   uint64_t state = options_.sampling.seed;
   for (int64_t i = 0; i < most; ++i) {
-    size_t limit = logits.size();
-    if (options_.vocabulary_limit > 0) {
-      limit = std::min(limit, static_cast<size_t>(options_.vocabulary_limit));
-    }
-    const int32_t token =
-        SampleToken(std::span<const float>(logits).first(limit), options_.sampling, state);
-    if (!std::isfinite(logits[static_cast<size_t>(token)])) {
-      throw ModelError("the model's scores are not finite",
-                       "the weights hold NaN or Inf: see winnow doctor MODEL");
-    }
+    const int32_t token = DrawToken(logits, options_.vocabulary_limit, options_.sampling, state);
     const bool eos = std::find(config.eos_token_ids.begin(), config.eos_token_ids.end(), token) !=
                      config.eos_token_ids.end();
     if (eos && options_.stop_at_eos) break;

@@ -93,5 +93,9 @@ GenerateResult Generate(const Model& model, std::span<const int32_t> prompt,
 
 // One draw from logits [V]; `state` is the generator of the sequence and is advanced.
 int32_t SampleToken(std::span<const float> logits, const SamplingOptions& options, uint64_t& state);
+// The same among ids below `vocabulary_limit` (0: all). ModelError if what was drawn has no finite
+// score.
+int32_t DrawToken(std::span<const float> logits, int64_t vocabulary_limit,
+                  const SamplingOptions& options, uint64_t& state);
 
 }  // namespace winnow

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/error.h"
 #include "generate/generator.h"
 
 namespace winnow {
@@ -58,6 +59,19 @@ int32_t SampleToken(std::span<const float> logits, const SamplingOptions& option
     if (draw < 0) return order[i];
   }
   return order[candidates - 1];
+}
+
+int32_t DrawToken(std::span<const float> logits, int64_t vocabulary_limit,
+                  const SamplingOptions& options, uint64_t& state) {
+  if (vocabulary_limit > 0) {
+    logits = logits.first(std::min(logits.size(), static_cast<size_t>(vocabulary_limit)));
+  }
+  const int32_t token = SampleToken(logits, options, state);
+  if (!std::isfinite(logits[static_cast<size_t>(token)])) {
+    throw ModelError("the model's scores are not finite",
+                     "the weights hold NaN or Inf: see winnow doctor MODEL");
+  }
+  return token;
 }
 
 }  // namespace winnow

@@ -197,18 +197,6 @@ std::vector<double> RelativeErrors(const WeightMatrix& w,
   return errors;
 }
 
-uint64_t ExpertBytes(const FeedForwardSlices& expert, const PackedFormat& format) {
-  return PackedBytes(format, expert.gate.rows, expert.gate.cols) +
-         PackedBytes(format, expert.up.rows, expert.up.cols) +
-         PackedBytes(format, expert.down.rows, expert.down.cols);
-}
-
-uint64_t FileBytes(const Model& model, const QuantizePlan& plan) {
-  uint64_t bytes = 0;
-  for (const PackedShard& shard : LayOutPacked(model, plan)) bytes += shard.bytes;
-  return bytes;
-}
-
 }  // namespace
 
 std::vector<LayerErrors> MeasureExpertErrors(const Model& model,
@@ -264,7 +252,8 @@ QuantizePlan AllocateToSize(const Model& model, const QuantizePlan& plan,
   for (const LayerErrors& layer : errors) {
     for (const FeedForwardSlices& expert :
          model.layers()[static_cast<size_t>(layer.layer)].experts) {
-      if (ExpertBytes(expert, candidates.back()) >= kLargeExtentBytes) alignment = kExtentAlignment;
+      if (PackedExpertBytes(expert, candidates.back()) >= kLargeExtentBytes)
+        alignment = kExtentAlignment;
     }
   }
   QuantizePlan smallest = plan;
@@ -274,8 +263,8 @@ QuantizePlan AllocateToSize(const Model& model, const QuantizePlan& plan,
     for (size_t e = 0; e < slices.experts.size(); ++e) {
       AllocationItem item;
       for (const PackedFormat& format : candidates) {
-        item.bytes.push_back((ExpertBytes(slices.experts[e], format) + alignment - 1) / alignment *
-                             alignment);
+        item.bytes.push_back((PackedExpertBytes(slices.experts[e], format) + alignment - 1) /
+                             alignment * alignment);
       }
       item.error = layer.error[e];
       smallest_bytes += item.bytes.front();
@@ -286,7 +275,7 @@ QuantizePlan AllocateToSize(const Model& model, const QuantizePlan& plan,
                                                                      candidates.front());
   }
   // Offsets in a header may become longer by some digits each.
-  const uint64_t base = FileBytes(model, smallest) + 16 * tensors + 4096;
+  const uint64_t base = QuantizedFileBytes(model, smallest) + 16 * tensors + 4096;
   const uint64_t rest = base > smallest_bytes ? base - smallest_bytes : 0;
   if (rest > size) {
     throw UsageError(fmt::format("all but the experts takes {}, more than {}", FormatBytes(rest),

@@ -18,13 +18,6 @@ uint64_t RoundUp(uint64_t bytes, uint64_t alignment) {
   return CheckedAdd(bytes, alignment - 1, kWhat) / alignment * alignment;
 }
 
-uint64_t ExpertBytes(const FeedForwardSlices& expert, const PackedFormat& format) {
-  const auto one = [&](const TensorSlice& slice) {
-    return PackedBytes(format, slice.rows, slice.cols);
-  };
-  return CheckedAdd(CheckedAdd(one(expert.gate), one(expert.up), kWhat), one(expert.down), kWhat);
-}
-
 class LayoutBuilder {
  public:
   LayoutBuilder(const Model& model, const QuantizePlan& plan)
@@ -60,7 +53,7 @@ class LayoutBuilder {
       for (size_t e = 0; e < layer.experts.size(); ++e) {
         const PackedFormat& format = stored_.layers[l].experts[e];
         if (format.empty()) continue;
-        if (ExpertBytes(layer.experts[e], format) >= kLargeExtentBytes) {
+        if (PackedExpertBytes(layer.experts[e], format) >= kLargeExtentBytes) {
           alignment_ = kExtentAlignment;
         }
       }
@@ -87,7 +80,7 @@ class LayoutBuilder {
       const auto layer_id = static_cast<int64_t>(l), expert_id = static_cast<int64_t>(e);
       PackedTensor tensor;
       tensor.info = PackedInfo(model_.PackedExpertName(layer_id, expert_id),
-                               RoundUp(ExpertBytes(expert, format), alignment_));
+                               RoundUp(PackedExpertBytes(expert, format), alignment_));
       if (expert.gate.packed.empty()) {
         tensor.layer = layer_id;
         tensor.expert = expert_id;
@@ -95,7 +88,7 @@ class LayoutBuilder {
         Replace(expert);
       } else {  // without its padding, which may be another now
         tensor.source = expert.gate.tensor;
-        tensor.source_bytes = ExpertBytes(expert, format);
+        tensor.source_bytes = PackedExpertBytes(expert, format);
         replaced_.insert(expert.gate.tensor);
       }
       Put(std::move(tensor), extents);
@@ -205,6 +198,13 @@ class LayoutBuilder {
 };
 
 }  // namespace
+
+uint64_t PackedExpertBytes(const FeedForwardSlices& expert, const PackedFormat& format) {
+  const auto one = [&](const TensorSlice& slice) {
+    return PackedBytes(format, slice.rows, slice.cols);
+  };
+  return CheckedAdd(CheckedAdd(one(expert.gate), one(expert.up), kWhat), one(expert.down), kWhat);
+}
 
 std::vector<PackedMatrix> PackedMatricesOf(const QuantizePlan& plan, int64_t layer) {
   std::vector<PackedMatrix> matrices;

@@ -32,6 +32,9 @@ struct PackedShard {
   uint64_t bytes = 0;  // of the whole file
 };
 
+// gate, up and down of an expert in a format, without the padding of its extent.
+uint64_t PackedExpertBytes(const FeedForwardSlices& expert, const PackedFormat& format);
+
 // The plan must have been checked (CheckQuantizePlan).
 std::vector<PackedShard> LayOutPacked(const Model& model, const QuantizePlan& plan);
 

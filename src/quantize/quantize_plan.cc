@@ -102,4 +102,10 @@ uint64_t QuantizedBytes(const Model& model, const QuantizePlan& plan) {
   return total;
 }
 
+uint64_t QuantizedFileBytes(const Model& model, const QuantizePlan& plan) {
+  uint64_t total = 0;
+  for (const PackedShard& shard : LayOutPacked(model, plan)) total += shard.bytes;
+  return total;
+}
+
 }  // namespace winnow

@@ -31,7 +31,8 @@ void CheckQuantizePlan(const Model& model, const QuantizePlan& plan);
 // them. Layers without experts have no formats of experts.
 QuantizePlan StoredFormats(const Model& model, const QuantizePlan& plan);
 
-// Bytes of all tensors of the new checkpoint, without headers.
+// Bytes of all tensors of the new checkpoint, without headers; and of its weight files.
 uint64_t QuantizedBytes(const Model& model, const QuantizePlan& plan);
+uint64_t QuantizedFileBytes(const Model& model, const QuantizePlan& plan);
 
 }  // namespace winnow

@@ -173,11 +173,7 @@ QuantizeEstimate EstimateQuantize(const Model& model, const QuantizePlan& plan) 
     for (size_t e = 0; e < experts.size(); ++e) {
       const PackedFormat format = plan.layers[l].Expert(e);
       if (format.empty()) continue;
-      uint64_t bytes = 0;
-      for (const TensorSlice* slice : {&experts[e].gate, &experts[e].up, &experts[e].down}) {
-        bytes += PackedBytes(format, slice->rows, slice->cols);
-      }
-      expert = std::max(expert, bytes);
+      expert = std::max(expert, PackedExpertBytes(experts[e], format));
     }
   }
   if (estimate.weights == 0) {

@@ -12,14 +12,8 @@ void Describe(std::string& text, const char* name, const char* type, const char*
 }
 
 template <typename T>
-void AddCounter(std::string& text, const char* name, const char* help, T value) {
-  Describe(text, name, "counter", help);
-  text += fmt::format("winnow_{} {}\n", name, value);
-}
-
-template <typename T>
-void AddGauge(std::string& text, const char* name, const char* help, T value) {
-  Describe(text, name, "gauge", help);
+void Add(std::string& text, const char* name, const char* type, const char* help, T value) {
+  Describe(text, name, type, help);
   text += fmt::format("winnow_{} {}\n", name, value);
 }
 
@@ -49,37 +43,37 @@ std::string Metrics::Text() const {
     text += fmt::format("winnow_http_requests_total{{endpoint=\"{}\",status=\"{}\"}} {}\n",
                         key.first, key.second, count);
   }
-  AddCounter(text, "prompt_tokens_total", "Prompt tokens computed.", c.prompt_tokens);
-  AddCounter(text, "prompt_seconds_total", "Seconds spent on prompts.", c.prompt_seconds);
-  AddCounter(text, "generated_tokens_total", "Tokens generated.", c.generated_tokens);
-  AddCounter(text, "generation_seconds_total", "Seconds spent in decode steps.",
-             c.generation_seconds);
-  AddCounter(text, "decode_steps_total", "Decode steps.", c.decode_steps);
-  AddCounter(text, "decode_step_sequences_total", "Sequences advanced by all decode steps.",
-             c.decode_entries);
-  AddCounter(text, "prefix_cache_lookups_total", "Sequences that looked for a known prefix.",
-             c.prefix_lookups);
-  AddCounter(text, "prefix_cache_hits_total", "Sequences that found one.", c.prefix_hits);
-  AddCounter(text, "prefix_cache_tokens_total", "Prompt tokens that were not computed again.",
-             c.prefix_tokens);
-  AddCounter(text, "experts_used_total", "Experts run, over tokens and MoE layers.",
-             c.experts_used);
-  AddCounter(text, "experts_skipped_total", "Experts selected but skipped.", c.experts_skipped);
-  AddCounter(text, "cancelled_requests_total", "Requests whose client went away.",
-             c.cancelled_requests);
-  AddCounter(text, "expired_requests_total", "Requests that met their deadline.",
-             c.expired_requests);
-  AddCounter(text, "refused_requests_total", "Requests refused because the queue was full.",
-             c.refused_requests);
-  AddCounter(text, "failed_requests_total", "Requests that ended with an error of the server.",
-             c.failed_requests);
-  AddGauge(text, "queued_requests", "Requests waiting for a slot.", c.queued_requests);
-  AddGauge(text, "running_sequences", "Sequences in slots.", c.running_sequences);
-  AddGauge(text, "slots", "Sequences that can run at once.", sizes_.slots);
-  AddGauge(text, "context_tokens", "Most tokens of one sequence.", sizes_.context_tokens);
-  AddGauge(text, "kv_cache_bytes", "Bytes of the key-value caches.", sizes_.kv_cache_bytes);
-  AddGauge(text, "weight_bytes", "Bytes of the weights in memory.", sizes_.weight_bytes);
-  AddGauge(text, "resident_bytes", "Resident memory of the process.", ResidentBytes());
+  Add(text, "prompt_tokens_total", "counter", "Prompt tokens computed.", c.prompt_tokens);
+  Add(text, "prompt_seconds_total", "counter", "Seconds spent on prompts.", c.prompt_seconds);
+  Add(text, "generated_tokens_total", "counter", "Tokens generated.", c.generated_tokens);
+  Add(text, "generation_seconds_total", "counter", "Seconds spent in decode steps.",
+      c.generation_seconds);
+  Add(text, "decode_steps_total", "counter", "Decode steps.", c.decode_steps);
+  Add(text, "decode_step_sequences_total", "counter", "Sequences advanced by all decode steps.",
+      c.decode_entries);
+  Add(text, "prefix_cache_lookups_total", "counter", "Sequences that looked for a known prefix.",
+      c.prefix_lookups);
+  Add(text, "prefix_cache_hits_total", "counter", "Sequences that found one.", c.prefix_hits);
+  Add(text, "prefix_cache_tokens_total", "counter", "Prompt tokens that were not computed again.",
+      c.prefix_tokens);
+  Add(text, "experts_used_total", "counter", "Experts run, over tokens and MoE layers.",
+      c.experts_used);
+  Add(text, "experts_skipped_total", "counter", "Experts selected but skipped.", c.experts_skipped);
+  Add(text, "cancelled_requests_total", "counter", "Requests whose client went away.",
+      c.cancelled_requests);
+  Add(text, "expired_requests_total", "counter", "Requests that met their deadline.",
+      c.expired_requests);
+  Add(text, "refused_requests_total", "counter", "Requests refused because the queue was full.",
+      c.refused_requests);
+  Add(text, "failed_requests_total", "counter", "Requests that ended with an error of the server.",
+      c.failed_requests);
+  Add(text, "queued_requests", "gauge", "Requests waiting for a slot.", c.queued_requests);
+  Add(text, "running_sequences", "gauge", "Sequences in slots.", c.running_sequences);
+  Add(text, "slots", "gauge", "Sequences that can run at once.", sizes_.slots);
+  Add(text, "context_tokens", "gauge", "Most tokens of one sequence.", sizes_.context_tokens);
+  Add(text, "kv_cache_bytes", "gauge", "Bytes of the key-value caches.", sizes_.kv_cache_bytes);
+  Add(text, "weight_bytes", "gauge", "Bytes of the weights in memory.", sizes_.weight_bytes);
+  Add(text, "resident_bytes", "gauge", "Resident memory of the process.", ResidentBytes());
   return text;
 }
 

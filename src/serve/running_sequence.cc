@@ -47,15 +47,8 @@ void RunningSequence::Accept(std::span<const float> logits, TokenExperts experts
     ApplyLogitRules(spec().rules, history_, spec().sampling.temperature, changed_logits_);
     drawn_from = changed_logits_;
   }
-  if (rules_.vocabulary_limit > 0) {
-    const auto limit = static_cast<size_t>(rules_.vocabulary_limit);
-    drawn_from = drawn_from.first(std::min(drawn_from.size(), limit));
-  }
-  const int32_t token = SampleToken(drawn_from, spec().sampling, random_state_);
-  if (!std::isfinite(drawn_from[static_cast<size_t>(token)])) {
-    throw ModelError("the model's scores are not finite",
-                     "the weights hold NaN or Inf: see winnow doctor MODEL");
-  }
+  const int32_t token =
+      DrawToken(drawn_from, rules_.vocabulary_limit, spec().sampling, random_state_);
   GeneratedToken generated{token, decoded_characters_, {}, std::move(experts)};
   if (spec().top_logprobs) generated.score = ScorePosition(logits, token, *spec().top_logprobs);
   history_.Add(token);
