@@ -85,21 +85,13 @@ std::vector<double> Sensitivities(Session& session, const Model& model,
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-int64_t AllExperts(const StatsInfo& info) {
-  int64_t experts = 0;
-  for (const StatsLayer& layer : info.layers) experts += layer.num_experts;
-  return experts;
-}
-
 }  // namespace
 
 int64_t TotalWithin(const Model& model, const StatsInfo& info, const std::string& size) {
   const uint64_t bytes = ParseBytes(size, "--size");
   uint64_t rest = model.checkpoint().total_bytes();
-  int64_t experts = 0;
   for (const StatsLayer& layer : info.layers) {
     rest -= std::min(rest, layer.expert_bytes * static_cast<uint64_t>(layer.num_experts));
-    experts += layer.num_experts;
   }
   const uint64_t each = info.layers.front().expert_bytes;
   if (bytes < rest + each) {
@@ -107,7 +99,8 @@ int64_t TotalWithin(const Model& model, const StatsInfo& info, const std::string
         fmt::format("--size {}: {} of the weights are not in experts", size, FormatBytes(rest)),
         "give a larger size");
   }
-  return std::min(experts, static_cast<int64_t>((bytes - rest) / std::max<uint64_t>(each, 1)));
+  return std::min(info.num_experts(),
+                  static_cast<int64_t>((bytes - rest) / std::max<uint64_t>(each, 1)));
 }
 
 MixPlanner::MixPlanner(Session& session, const Model& model, const StatsInfo& info,
@@ -208,9 +201,9 @@ CompressionPlan MakeMixedPlan(Session& session, const fs::path& stats, const Sta
         "observe the model with --method condense");
   }
   const int64_t total = choice.total > 0 ? choice.total : TotalWithin(model, info, choice.size);
-  if (total > AllExperts(info)) {
+  if (total > info.num_experts()) {
     throw UsageError(fmt::format("--total {}: the model has {} experts over all layers", total,
-                                 AllExperts(info)),
+                                 info.num_experts()),
                      "say how many are to be left");
   }
   const MixPlanner planner(session, model, info, stats, choice.neuron_stats, choice.spill_folder);

@@ -266,7 +266,7 @@ class Sizing {
 
   std::string Describe(const SizeCandidate& candidate) const {
     std::string text = fmt::format("{} of {} experts' worth left", candidate.experts_left,
-                                   CountExperts(gathering_.info));
+                                   gathering_.info.num_experts());
     if (candidate.condensed_layers() > 0) {
       text += fmt::format(", {} of {} layers condensed", candidate.condensed_layers(),
                           gathering_.info.layers.size());
@@ -284,7 +284,7 @@ class Sizing {
   Made Make(const SizeCandidate& candidate) {
     Made made;
     made.folder = work_ / fmt::format("candidate-{}", made_);
-    if (candidate.experts_left == CountExperts(gathering_.info)) {
+    if (candidate.experts_left == gathering_.info.num_experts()) {
       Quantize(model_, made);
     } else if (!request_.means.bits) {
       Remove(candidate, made.folder, made);

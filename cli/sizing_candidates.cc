@@ -177,7 +177,7 @@ class Remover {
   // Different plans that leave so many; none if there is none.
   std::vector<SizeCandidate> Left(int64_t experts) const {
     std::vector<SizeCandidate> candidates;
-    if (experts == CountExperts(info_)) {
+    if (experts == info_.num_experts()) {
       candidates.push_back({.experts_left = experts, .plan = KeepingAll(info_)});
       return candidates;
     }
@@ -227,8 +227,8 @@ void SortByCost(std::vector<SizeCandidate>& candidates) {
 std::vector<SizeCandidate> LargestThatFit(const Model& model, const StatsInfo& info,
                                           const SizeRequest& request, const Remover& remover) {
   uint64_t smallest = model.checkpoint().total_bytes();
-  int64_t fewest = CountExperts(info);
-  for (int64_t experts = CountExperts(info) - 1; experts >= 0; --experts) {
+  int64_t fewest = info.num_experts();
+  for (int64_t experts = info.num_experts() - 1; experts >= 0; --experts) {
     std::vector<SizeCandidate> fitting;
     for (SizeCandidate& candidate : remover.Left(experts)) {
       const uint64_t bytes =
@@ -276,12 +276,6 @@ int64_t SizeCandidate::condensed_layers() const {
                        [](const LayerPlan& layer) { return layer.condensed.has_value(); });
 }
 
-int64_t CountExperts(const StatsInfo& info) {
-  int64_t experts = 0;
-  for (const StatsLayer& layer : info.layers) experts += layer.num_experts;
-  return experts;
-}
-
 std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& model,
                                              const StatsInfo& info, const SizeRequest& request,
                                              const std::vector<SourceBlocks>& fitting) {
@@ -290,10 +284,10 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
   const BitsPredictor bits(session, model, info, request, fitting);
   std::vector<SizeCandidate> candidates;
   uint64_t smallest = model.checkpoint().total_bytes();
-  int64_t fewest = CountExperts(info);
+  int64_t fewest = info.num_experts();
   for (const double share : kSharesLeft) {
     const auto experts =
-        static_cast<int64_t>(share * static_cast<double>(CountExperts(info)) + 0.5);
+        static_cast<int64_t>(share * static_cast<double>(info.num_experts()) + 0.5);
     for (SizeCandidate& candidate : remover.Left(experts)) {
       const uint64_t bytes = bits.SmallestBytes(candidate.plan);
       if (bytes < smallest) {
@@ -310,7 +304,7 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
   // Bits alone are always among those that are made: what the others must better.
   const auto intact = std::find_if(
       candidates.begin(), candidates.end(),
-      [&](const SizeCandidate& candidate) { return candidate.experts_left == CountExperts(info); });
+      [&](const SizeCandidate& candidate) { return candidate.experts_left == info.num_experts(); });
   if (intact != candidates.end() && intact - candidates.begin() > 1) {
     std::rotate(candidates.begin() + 1, intact, intact + 1);
   }

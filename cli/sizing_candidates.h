@@ -51,6 +51,4 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
                                              const StatsInfo& info, const SizeRequest& request,
                                              const std::vector<SourceBlocks>& fitting);
 
-int64_t CountExperts(const StatsInfo& info);
-
 }  // namespace winnow::cli

@@ -47,6 +47,12 @@ int64_t StatsInfo::num_tokens() const {
   return total;
 }
 
+int64_t StatsInfo::num_experts() const {
+  int64_t total = 0;
+  for (const StatsLayer& layer : layers) total += layer.num_experts;
+  return total;
+}
+
 std::vector<StatsBatch> StatsInfo::Batches() const {
   std::vector<StatsBatch> batches;
   int64_t token = 0;

@@ -73,6 +73,7 @@ struct StatsInfo {
   std::vector<StatsLayer> layers;  // MoE layers, ascending
 
   int64_t num_tokens() const;
+  int64_t num_experts() const;  // over all layers
   // Token counts of the batches, in order; batches never straddle sources.
   std::vector<int64_t> BatchTokens() const;
   std::vector<StatsBatch> Batches() const;
