@@ -24,8 +24,8 @@ struct QuantizeFlags {
 };
 
 constexpr const char* kKnownFormats =
-    "8bit, 6bit, 4bit, 3bit, 2bit, with -asym, -curve or -log and -g64 or -g128 behind it, or "
-    "stored";
+    "8bit, 6bit, 4bit, 3bit, 2bit, with -curve, -shift, -asym or -log and -g64 or -g128 behind it, "
+    "or stored";
 
 // Nothing: the matrices stay as they are, which "stored" and the name of their dtype both say.
 PackedFormat ParseFormat(const std::string& flag, const std::string& text, const Model& model) {
@@ -39,7 +39,11 @@ PackedFormat ParseFormat(const std::string& flag, const std::string& text, const
     throw UsageError(fmt::format("{} {}: the model is stored in {}", flag, text, DtypeName(stored)),
                      "convert it first: winnow apply --dtype; or leave it `stored`");
   }
-  if (const auto format = PackedFormatFromName(text)) return *format;
+  if (const auto format = PackedFormatFromName(text)) {
+    // Bits alone leave the grid to us.
+    return format->grid == PackedGrid::kSymmetric ? BestFormat(format->bits, format->group_columns)
+                                                  : *format;
+  }
   throw UsageError(fmt::format("{} {}: no format of that name", flag, text), kKnownFormats);
 }
 
@@ -51,20 +55,22 @@ PackedFormat ExpertFormat(const QuantizeFlags& flags, const Model& model) {
       throw UsageError("--size chooses the bits of each expert: --experts does not go with it",
                        "give one of the two; --grid, --asymmetric and --group go with --size");
     }
-    format.bits = 4;
+    format = BestFormat(4);
   }
   const bool any = !flags.grid.empty() || flags.asymmetric || flags.group != 0;
   if (!any) return format;
-  if (format.empty() || format != PackedFormat{.bits = format.bits}) {
+  if (format.empty() || format != BestFormat(format.bits)) {
     throw UsageError(
         fmt::format("--grid, --asymmetric and --group do not go with --experts {}", flags.experts),
         "give the bits alone, --experts 4bit, or all in its name, --experts 4bit-asym-g64");
   }
-  if (flags.asymmetric && (flags.grid == "log" || flags.grid == "curve")) {
+  if (flags.asymmetric && !flags.grid.empty() && flags.grid != "linear") {
     throw UsageError(
         fmt::format("--grid {} has no minimum: --asymmetric does not go with it", flags.grid),
         "leave out one");
   }
+  if (flags.grid == "linear") format.grid = PackedGrid::kSymmetric;
+  if (flags.grid == "shift") format.grid = PackedGrid::kShifted;
   if (flags.asymmetric) format.grid = PackedGrid::kAsymmetric;
   if (flags.grid == "log") format.grid = PackedGrid::kLogarithmic;
   if (flags.grid == "curve") format.grid = PackedGrid::kCurved;
@@ -152,11 +158,12 @@ void AddQuantize(CLI::App& app, Session& session) {
   verb->add_option("--rest", flags->rest,
                    "Format of attention, shared expert, dense layers and lm_head, e.g. 8bit\n"
                    "(default: as stored)");
-  verb->add_option(
-          "--grid", flags->grid,
-          "Values of the experts' codes: linear; curve, denser around zero, or log, powers of two\n"
-          "(2 to 4 bits)")
-      ->check(CLI::IsMember({"linear", "curve", "log"}));
+  verb->add_option("--grid", flags->grid,
+                   "Values of the experts' codes: linear; shift, which each group moves; curve, "
+                   "denser around\n"
+                   "zero and moved, and log, powers of two, of 2 to 4 bits (default: curve, above "
+                   "4 bits shift)")
+      ->check(CLI::IsMember({"linear", "shift", "curve", "log"}));
   verb->add_flag("--asymmetric", flags->asymmetric,
                  "The experts' groups have a minimum besides their scale");
   verb->add_option("--group", flags->group,

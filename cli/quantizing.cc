@@ -86,7 +86,10 @@ std::vector<PackedFormat> ExpertCandidates(const PackedFormat& base) {
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     PackedFormat format = base;
     format.bits = bits;
-    if (HasLevels(format) && bits > 4) continue;
+    if (HasLevels(format) && bits > 4) {
+      if (format.grid != PackedGrid::kCurved) continue;
+      format.grid = PackedGrid::kShifted;
+    }
     candidates.push_back(format);
   }
   return candidates;

@@ -71,7 +71,7 @@ class Sizing {
         work_(flags.output + ".work") {
     request_.means = ParseMeans(flags.means);
     request_.bytes = ParseBytes(flags.size, "--size");
-    request_.experts = {.bits = 4};
+    request_.experts = BestFormat(4);
     request_.rest = RestFormat(flags);
     request_.heals = !flags.no_heal;
     request_.spill_folder = work_;

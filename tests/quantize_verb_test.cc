@@ -47,7 +47,7 @@ TEST(Quantize, EveryVerbTakesAPackedModel) {
   EXPECT_EQ(after["parameters"], before["parameters"]);
   EXPECT_EQ(after["active_parameters"], before["active_parameters"]);
   EXPECT_EQ(after["parts"][0]["part"], "experts");
-  EXPECT_EQ(after["parts"][0]["format"], "8bit");
+  EXPECT_EQ(after["parts"][0]["format"], "8bit-shift");  // the best of 8 bits
   EXPECT_DOUBLE_EQ(after["parts"][0]["bits_per_weight"].get<double>(), 8.5);
   MustRun({"doctor", packed});
 
@@ -124,6 +124,9 @@ TEST(Quantize, FlagsCompleteEachOther) {
   // An output that is there stays, and --force replaces it.
   ExpectRefusal({"quantize", SampleModel(), "--experts", "4bit", "-o", folder / "a"}, "exists");
   MustRun({"quantize", SampleModel(), "--experts", "4bit", "--force", "-o", folder / "a"});
+  EXPECT_EQ(RunJson({"inspect", folder / "a"})["parts"][0]["format"], "4bit-curve");
+  MustRun({"quantize", SampleModel(), "--experts", "4bit", "--grid", "linear", "--force", "-o",
+           folder / "a"});
   EXPECT_EQ(RunJson({"inspect", folder / "a"})["parts"][0]["format"], "4bit");
   EXPECT_EQ(ListFolder(folder.path()), (std::vector<std::string>{"a", "b", "c"}));
 }

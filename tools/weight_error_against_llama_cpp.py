@@ -24,21 +24,27 @@ SOURCES = {"gaussian": "gate", "laplace": "up"}
 
 
 def parse_format(name):
-    """(bits, columns of a group, asymmetric) of "4bit-asym-g64"."""
+    """(bits, columns of a group, asymmetric, shifted) of "4bit-asym-g64"."""
     parts = name.split("-")
     group = next((int(part[1:]) for part in parts[1:] if part[0] == "g"), 32)
-    return int(parts[0].removesuffix("bit")), group, "asym" in parts
+    return int(parts[0].removesuffix("bit")), group, "asym" in parts, "shift" in parts or "curve" in parts
 
 
 def unpack(data, name, rows, columns):
     """float32 [rows, columns] of a packed matrix at the start of `data`, and the bytes it takes."""
     import numpy
-    bits, group, asymmetric = parse_format(name)
+    bits, group, asymmetric, shifted = parse_format(name)
     groups, chunks, blocks = -(-columns // group), -(-columns // 32), -(-rows // 16)
     scale_bytes = -(-groups * 32 * (2 if asymmetric else 1) // 64) * 64
     size = blocks * (scale_bytes + chunks * 64 * bits)
     block = data[:size].reshape(blocks, -1)
-    scales = block[:, :scale_bytes].copy().view("<f2")[:, :groups * (32 if asymmetric else 16)].astype(numpy.float32).reshape(blocks, -1, groups, 16)
+    halves = block[:, :scale_bytes].copy().view("<u2")[:, :groups * (32 if asymmetric else 16)]
+    if shifted:  # the last 5 bits are the shift's
+        scales = (halves & 0xffe0).view("<f2").astype(numpy.float32) / 256
+        scales = numpy.concatenate([scales, (halves & 31).astype(numpy.float32) - 16], axis=1)
+    else:
+        scales = halves.view("<f2").astype(numpy.float32)
+    scales = scales.reshape(blocks, -1, groups, 16)
     vectors = block[:, scale_bytes:].reshape(blocks, chunks, bits, 64)
     codes = numpy.zeros((blocks, chunks, 8, 64), numpy.uint8)
     first = 0
@@ -52,7 +58,9 @@ def unpack(data, name, rows, columns):
     spread = [numpy.repeat(scales[:, i].transpose(0, 2, 1).reshape(blocks * 16, groups), group, axis=1)[:, :chunks * 32]
               for i in range(scales.shape[1])]
     if "curve" in name:
-        values = numpy.array(CURVES[bits], numpy.float32)[codes] * (spread[0] / 64)
+        values = (numpy.array(CURVES[bits], numpy.float32)[codes] + 1.5 * spread[1]) * (spread[0] / 64)
+    elif shifted:
+        values = (codes.astype(numpy.float32) - 2 ** (bits - 1) + spread[1] * (3 * 2 ** bits / 256)) * spread[0]
     elif asymmetric:
         values = codes * spread[0] + spread[1]
     else:
@@ -111,7 +119,7 @@ def main():
     parser.add_argument("--winnow", default=os.path.join(ROOT, "build/release/winnow"))
     parser.add_argument("--synthetic", default=os.path.join(ROOT, "build/release/tools/make_synthetic_checkpoint"))
     parser.add_argument("--environment", default=os.path.join(ROOT, "build/llama_cpp_environment"), help="Python environment, made if missing")
-    parser.add_argument("--ours", nargs="+", default=["8bit", "6bit", "5bit", "4bit", "4bit-curve", "4bit-asym-g64", "3bit", "3bit-curve", "3bit-asym-g64", "2bit-asym", "2bit-curve"])
+    parser.add_argument("--ours", nargs="+", default=["8bit", "8bit-shift", "6bit", "6bit-shift", "5bit", "5bit-shift", "4bit", "4bit-shift", "4bit-curve", "4bit-asym-g64", "3bit", "3bit-curve", "3bit-asym-g64", "2bit-asym", "2bit-curve"])
     parser.add_argument("--theirs", nargs="+", default=["q8_0", "q6_k", "q5_k", "q4_0", "q4_k", "q3_k", "q2_k"])
     args = parser.parse_args()
     llama.enter_environment(args.environment)

@@ -65,24 +65,27 @@ void UnpackCodes(int bits, const std::byte* chunk, uint8_t* codes) {
 }
 
 // What one code stands for.
-float ValueOf(const PackedFormat& format, const std::array<int8_t, 16>& grid, int code, float scale,
-              float minimum) {
-  switch (format.grid) {
-    case PackedGrid::kAsymmetric:
-      return static_cast<float>(code) * scale + minimum;
-    case PackedGrid::kLogarithmic:
-    case PackedGrid::kCurved:
-      return static_cast<float>(grid[static_cast<size_t>(code)]) * (scale / 64);
-    case PackedGrid::kSymmetric:
-      break;
-  }
-  return static_cast<float>(code - (1 << (format.bits - 1))) * scale;
+float ValueOf(const PackedFormat& format, const std::array<int8_t, 16>& grid, int code,
+              const GroupValues& group) {
+  const int level = HasLevels(format) ? grid[static_cast<size_t>(code)] : code - PackedZero(format);
+  // Exact in f64, so rounded once, as a fused multiply-add does it.
+  return static_cast<float>(static_cast<double>(level) * static_cast<double>(group.scale) +
+                            static_cast<double>(group.minimum));
 }
 
 // Where the row's scale of `group` lies in its block; `part` 1: the minimum.
 int64_t HalfOffset(const PackedFormat& format, int64_t cols, int64_t row, int64_t group, int part) {
   const int64_t groups = CeilDiv(cols, format.group_columns);
   return ((part * groups + group) * kPackedRows + row) * 2;
+}
+
+// Of a row's group in its block.
+GroupValues LoadGroup(const PackedFormat& format, int64_t cols, int64_t row, int64_t group,
+                      const std::byte* block) {
+  const uint16_t minimum = format.grid == PackedGrid::kAsymmetric
+                               ? LoadHalf(block + HalfOffset(format, cols, row, group, 1))
+                               : uint16_t{0};
+  return DecodeGroup(format, LoadHalf(block + HalfOffset(format, cols, row, group, 0)), minimum);
 }
 
 int64_t ChunkOffset(const PackedFormat& format, int64_t cols, int64_t col) {
@@ -105,6 +108,8 @@ std::optional<PackedFormat> PackedFormatFromName(std::string_view name) {
   if (!take("bit")) return std::nullopt;
   if (take("-asym")) {
     format.grid = PackedGrid::kAsymmetric;
+  } else if (take("-shift")) {
+    format.grid = PackedGrid::kShifted;
   } else if (take("-log")) {
     format.grid = PackedGrid::kLogarithmic;
   } else if (take("-curve")) {
@@ -123,6 +128,7 @@ std::optional<PackedFormat> PackedFormatFromName(std::string_view name) {
 std::string PackedFormatName(const PackedFormat& format) {
   std::string name = fmt::format("{}bit", format.bits);
   if (format.grid == PackedGrid::kAsymmetric) name += "-asym";
+  if (format.grid == PackedGrid::kShifted) name += "-shift";
   if (format.grid == PackedGrid::kLogarithmic) name += "-log";
   if (format.grid == PackedGrid::kCurved) name += "-curve";
   if (format.group_columns != 32) name += fmt::format("-g{}", format.group_columns);
@@ -169,6 +175,27 @@ std::array<int8_t, 16> GridLevels(const PackedFormat& format) {
   return levels;
 }
 
+float ShiftStep(const PackedFormat& format) {
+  if (format.grid == PackedGrid::kCurved) return 1.5f;
+  return format.grid == PackedGrid::kShifted ? 3.0f * static_cast<float>(1 << format.bits) / 256
+                                             : 0.0f;
+}
+
+float ScaleFactor(const PackedFormat& format) {
+  return (HasLevels(format) ? 1.0f / 64 : 1.0f) * (HasShift(format) ? 1.0f / 256 : 1.0f);
+}
+
+GroupValues DecodeGroup(const PackedFormat& format, uint16_t scale_bits, uint16_t minimum_bits) {
+  const float factor = ScaleFactor(format);
+  if (!HasShift(format)) {
+    const bool minimum = format.grid == PackedGrid::kAsymmetric;
+    return {FloatFromF16(scale_bits) * factor, minimum ? FloatFromF16(minimum_bits) : 0.0f};
+  }
+  const auto shift = static_cast<float>((scale_bits & kShiftMask) - kShiftZero);
+  const float scale = FloatFromF16(static_cast<uint16_t>(scale_bits & ~kShiftMask)) * factor;
+  return {scale, shift * ShiftStep(format) * scale};
+}
+
 void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const PackedRow& values,
                     std::byte* bytes) {
   std::byte* block =
@@ -211,13 +238,8 @@ float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int
   const std::byte* block =
       bytes + static_cast<uint64_t>(row / kPackedRows) * PackedBlockBytes(format, cols);
   const int64_t group = col / format.group_columns, lane = row % kPackedRows;
-  const float scale = FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 0)));
   const int code = LoadPackedCode(format, cols, row, col, bytes);
-  const float minimum =
-      format.grid == PackedGrid::kAsymmetric
-          ? FloatFromF16(LoadHalf(block + HalfOffset(format, cols, lane, group, 1)))
-          : 0.0f;
-  return ValueOf(format, GridLevels(format), code, scale, minimum);
+  return ValueOf(format, GridLevels(format), code, LoadGroup(format, cols, lane, group, block));
 }
 
 void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* block, float* values) {
@@ -228,15 +250,10 @@ void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* bloc
     const int64_t group = first / format.group_columns;  // groups are whole chunks
     const int64_t end = std::min(cols, first + kPackedChunkColumns);
     for (int64_t row = 0; row < kPackedRows; ++row) {
-      const float scale = FloatFromF16(LoadHalf(block + HalfOffset(format, cols, row, group, 0)));
-      const float minimum =
-          format.grid == PackedGrid::kAsymmetric
-              ? FloatFromF16(LoadHalf(block + HalfOffset(format, cols, row, group, 1)))
-              : 0.0f;
+      const GroupValues shared = LoadGroup(format, cols, row, group, block);
       for (int64_t col = first; col < end; ++col) {
         const int64_t at = (col - first) / 4 * 64 + row * 4 + col % 4;
-        values[row * cols + col] =
-            ValueOf(format, grid, codes[static_cast<size_t>(at)], scale, minimum);
+        values[row * cols + col] = ValueOf(format, grid, codes[static_cast<size_t>(at)], shared);
       }
     }
   }

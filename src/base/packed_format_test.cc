@@ -12,16 +12,16 @@ namespace winnow {
 namespace {
 
 TEST(PackedFormat, NamesGoBothWays) {
-  for (const char* name :
-       {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym", "4bit-asym-g64",
-        "3bit-g128", "2bit-log", "4bit-log-g64", "4bit-curve", "2bit-curve-g64"}) {
+  for (const char* name : {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym",
+                           "4bit-asym-g64", "3bit-g128", "2bit-log", "4bit-log-g64", "4bit-curve",
+                           "2bit-curve-g64", "6bit-shift", "4bit-shift-g128"}) {
     const std::optional<PackedFormat> format = PackedFormatFromName(name);
     ASSERT_TRUE(format) << name;
     EXPECT_EQ(PackedFormatName(*format), name);
   }
   for (const char* name :
        {"", "bit", "1bit", "9bit", "4", "4bits", "4bit-", "4bit-g32", "4bit-g64-asym", "8bit-log",
-        "4bit-asym-log", "+4bit", "44bit", "bf16"}) {
+        "4bit-asym-log", "4bit-asym-shift", "4bit-shift-asym", "+4bit", "44bit", "bf16"}) {
     EXPECT_FALSE(PackedFormatFromName(name)) << name;
   }
 }
@@ -54,9 +54,9 @@ TEST(PackedFormat, TheLogGridHalves) {
 TEST(PackedFormat, RowsComeBack) {
   std::mt19937 random(7);
   const int64_t rows = 19, cols = 77;
-  for (const char* name :
-       {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym", "3bit-asym-g64",
-        "4bit-log", "4bit-curve", "3bit-curve", "2bit-log-g64", "5bit-g128"}) {
+  for (const char* name : {"2bit", "3bit", "4bit", "5bit", "6bit", "7bit", "8bit", "4bit-asym",
+                           "3bit-asym-g64", "4bit-log", "4bit-curve", "3bit-curve", "4bit-shift",
+                           "8bit-shift-g64", "2bit-log-g64", "5bit-g128"}) {
     const PackedFormat format = *PackedFormatFromName(name);
     const int64_t groups = (cols + format.group_columns - 1) / format.group_columns;
     std::vector<std::byte> bytes(PackedBytes(format, rows, cols));
@@ -67,7 +67,7 @@ TEST(PackedFormat, RowsComeBack) {
       const auto r = static_cast<size_t>(row);
       for (uint8_t& code : codes[r]) code = static_cast<uint8_t>(random() % (1u << format.bits));
       for (uint16_t& scale : scales[r])
-        scale = F16FromFloat(0.25f + static_cast<float>(random() % 8));
+        scale = F16FromFloat(0.25f + static_cast<float>(random() % 8000) / 1000);
       for (uint16_t& minimum : minima[r]) minimum = F16FromFloat(-static_cast<float>(random() % 8));
       StorePackedRow(format, cols, row, {codes[r].data(), scales[r].data(), minima[r].data()},
                      bytes.data());
@@ -87,13 +87,26 @@ TEST(PackedFormat, RowsComeBack) {
         const auto g = static_cast<size_t>(col / format.group_columns);
         const int code = codes[r][c];
         ASSERT_EQ(LoadPackedCode(format, cols, row, col, bytes.data()), code) << name;
-        const float scale = FloatFromF16(scales[r][g]);
-        const float expected =
-            format.grid == PackedGrid::kAsymmetric
-                ? static_cast<float>(code) * scale + FloatFromF16(minima[r][g])
-            : HasLevels(format)
-                ? static_cast<float>(GridLevels(format)[static_cast<size_t>(code)]) / 64 * scale
-                : static_cast<float>(code - (1 << (format.bits - 1))) * scale;
+        double scale = static_cast<double>(FloatFromF16(scales[r][g]));
+        double number = code;
+        if (HasLevels(format)) number = GridLevels(format)[static_cast<size_t>(code)];
+        if (format.grid == PackedGrid::kSymmetric || format.grid == PackedGrid::kShifted) {
+          number -= 1 << (format.bits - 1);
+        }
+        double minimum = 0;
+        if (format.grid == PackedGrid::kAsymmetric) {
+          minimum = static_cast<double>(FloatFromF16(minima[r][g]));
+        }
+        if (HasLevels(format)) scale /= 64;
+        if (HasShift(format)) {
+          // These f16 have ten bits, of which the last five are the shift's.
+          const int shift = scales[r][g] & 31;
+          scale = static_cast<double>(FloatFromF16(static_cast<uint16_t>(scales[r][g] - shift)));
+          scale /= HasLevels(format) ? 64 * 256 : 256;
+          minimum =
+              (shift - 16) * scale * (HasLevels(format) ? 1.5 : 3.0 / 256 * (1 << format.bits));
+        }
+        const auto expected = static_cast<float>(number * scale + minimum);
         ASSERT_EQ(LoadPackedValue(format, cols, row, col, bytes.data()), expected) << name;
       }
     }

@@ -26,4 +26,11 @@ void SumCodes(const float* x, const float* weight, int64_t n, float low, float h
 void SumCodesReference(const float* x, const float* weight, int64_t n, float low, float high,
                        std::span<const CodeCandidate> candidates, CodeSums* sums);
 
+// The same where q is the nearest of `levels`, ascending, 2 to 16 whole numbers.
+void SumLevels(const float* x, const float* weight, int64_t n, std::span<const float> levels,
+               std::span<const CodeCandidate> candidates, CodeSums* sums);
+void SumLevelsReference(const float* x, const float* weight, int64_t n,
+                        std::span<const float> levels, std::span<const CodeCandidate> candidates,
+                        CodeSums* sums);
+
 }  // namespace winnow

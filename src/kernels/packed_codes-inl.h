@@ -7,7 +7,8 @@
 #define WINNOW_KERNELS_PACKED_CODES_INL_H_
 #endif
 
-#include "base/packed_format.h"  // PackedFormat, GridLevels
+#include "base/packed_format.h"        // PackedFormat, GridLevels
+#include "kernels/packed_instances.h"  // PackedLayout
 #include "kernels/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -49,9 +50,23 @@ HWY_INLINE hn::Vec<hn::Repartition<uint8_t, DF>> LevelBytes(const PackedFormat& 
   return hn::LoadDup128(hn::Repartition<uint8_t, DF>(), levels);
 }
 
-// kLanes scales or minima as f32.
-HWY_INLINE VF LoadHalves(const std::byte* from) {
-  return WidenF16(from);
+// DecodeGroup for kLanes rows; `halves` are their scales of a group in a block.
+HWY_INLINE void LoadGroups(const PackedLayout& layout, const std::byte* halves, VF& scale,
+                           VF& minimum) {
+  const DF d;
+  if (!layout.shifted) {
+    scale = hn::Mul(WidenF16(halves), hn::Set(d, layout.scale_factor));
+    minimum = layout.with_minima ? WidenF16(halves + layout.groups * kPackedRows * 2) : hn::Zero(d);
+    return;
+  }
+  const hn::Rebind<uint16_t, DF> du16;
+  const hn::Rebind<hwy::float16_t, DF> df16;
+  const auto bits = hn::LoadU(du16, As<uint16_t>(halves));
+  const auto scales = hn::AndNot(hn::Set(du16, kShiftMask), bits);
+  scale = hn::Mul(hn::PromoteTo(d, hn::BitCast(df16, scales)), hn::Set(d, layout.scale_factor));
+  const VI steps = hn::Sub(hn::PromoteTo(DI(), hn::And(bits, hn::Set(du16, kShiftMask))),
+                           hn::Set(DI(), kShiftZero));
+  minimum = hn::Mul(hn::Mul(hn::ConvertTo(d, steps), hn::Set(d, layout.shift_step)), scale);
 }
 
 #endif  // HWY_TARGET != HWY_SCALAR

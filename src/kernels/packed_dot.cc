@@ -47,13 +47,15 @@ void PackedDot(const PackedDotTask& task) {
           sum += level * q;
         }
         const int64_t half = chunk / layout.chunks_per_group * kPackedRows + row % kPackedRows;
-        float scale = LoadAsFloat(Dtype::kF16, block, static_cast<size_t>(half));
-        if (HasLevels(w.packed)) scale /= 64;
-        y += static_cast<float>(sum) * (scale * task.scales[at]);
-        if (layout.asymmetric) {
-          const float minimum = LoadAsFloat(
-              Dtype::kF16, block, static_cast<size_t>(layout.groups * kPackedRows + half));
-          y += minimum * task.scales[at] * static_cast<float>(task.sums[at]);
+        uint16_t bits[2] = {};  // scale, minimum
+        std::memcpy(&bits[0], block + half * 2, 2);
+        if (layout.with_minima && !layout.shifted) {
+          std::memcpy(&bits[1], block + (layout.groups * kPackedRows + half) * 2, 2);
+        }
+        const GroupValues group = DecodeGroup(w.packed, bits[0], bits[1]);
+        y += static_cast<float>(sum) * (group.scale * task.scales[at]);
+        if (layout.with_minima) {
+          y += group.minimum * task.scales[at] * static_cast<float>(task.sums[at]);
         }
       }
       task.y[i * task.ld_y + row] = y;
@@ -153,7 +155,6 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const PackedLayout& layout, 
   const std::byte* chunk = block + layout.codes_bytes + 4 * lane;
   if (lane == 0) PrefetchScales(chunk, layout.codes_bytes);
   const auto levels = LevelBytes(task.w->packed, 128);
-  const VF to_levels = hn::Set(d, kLevels ? 1.0f / 64 : 1.0f);
   for (size_t r = 0; r < kXRows; ++r) y[r] = hn::Zero(d);
   for (int64_t c = 0; c < layout.chunks; ++c, chunk += 64 * kBits) {
     const int64_t at = c * task.rows + first;
@@ -164,16 +165,15 @@ HWY_INLINE void DotLanes(const PackedDotTask& task, const PackedLayout& layout, 
     SumChunk<kBits, kLevels, kXRows>(chunk, task.digits + at * kStride, levels, sums);
     const std::byte* halves =
         block + (c / layout.chunks_per_group * kPackedRows + lane) * int64_t{sizeof(uint16_t)};
-    VF scale = LoadHalves(halves);
-    if constexpr (kLevels) scale = hn::Mul(scale, to_levels);
+    VF scale, minimum;
+    LoadGroups(layout, halves, scale, minimum);
     HWY_UNROLL(4)
     for (size_t r = 0; r < kXRows; ++r) {
       const VF x_scale = hn::Set(d, task.scales[at + static_cast<int64_t>(r)]);
       const int32_t x_sum = task.sums[at + static_cast<int64_t>(r)];
       const VI sum = hn::Sub(sums[r], hn::Set(di, layout.zero * x_sum));
       y[r] = hn::MulAdd(hn::ConvertTo(d, sum), hn::Mul(scale, x_scale), y[r]);
-      if (layout.asymmetric) {
-        const VF minimum = LoadHalves(halves + layout.groups * kPackedRows * 2);
+      if (layout.with_minima) {
         y[r] = hn::MulAdd(hn::Mul(minimum, x_scale), hn::Set(d, static_cast<float>(x_sum)), y[r]);
       }
     }

@@ -18,14 +18,17 @@ struct PackedLayout {
         chunks(CeilDiv(w.cols, kPackedChunkColumns)),
         chunks_per_group(w.packed.group_columns / kPackedChunkColumns),
         groups(CeilDiv(w.cols, w.packed.group_columns)),
-        zero(HasLevels(w.packed)                       ? 128
-             : w.packed.grid == PackedGrid::kSymmetric ? 1 << (w.packed.bits - 1)
-                                                       : 0),
-        asymmetric(w.packed.grid == PackedGrid::kAsymmetric) {}
+        zero(HasLevels(w.packed) ? 128 : PackedZero(w.packed)),
+        scale_factor(ScaleFactor(w.packed)),
+        shift_step(ShiftStep(w.packed)),
+        shifted(HasShift(w.packed)),
+        with_minima(shifted || w.packed.grid == PackedGrid::kAsymmetric) {}
   uint64_t block_bytes, codes_bytes;  // codes_bytes: where codes begin in a block
   int64_t chunks, chunks_per_group, groups;
   int32_t zero;  // what is taken from a code, or from a level plus 128
-  bool asymmetric;
+  float scale_factor, shift_step;
+  bool shifted;      // a group's 16 bits are scale and shift (packed_format.h)
+  bool with_minima;  // something is added to a scaled code: a shift or a stored minimum
 };
 
 // Calls call.template operator()<bits, has levels>() for the format's.

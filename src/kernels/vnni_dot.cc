@@ -27,9 +27,25 @@ constexpr int64_t kStride = DigitBytes(DigitForm::kBytes);
 WINNOW_VNNI_INLINE __m512i Load64(const std::byte* from) {
   return _mm512_loadu_si512(static_cast<const void*>(from));
 }
-WINNOW_VNNI_INLINE __m512 LoadHalves(const std::byte* from) {
-  return _mm512_cvtph_ps(
-      _mm256_loadu_si256(static_cast<const __m256i*>(static_cast<const void*>(from))));
+WINNOW_VNNI_INLINE __m256i Load32(const std::byte* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(static_cast<const void*>(from)));
+}
+// DecodeGroup for 16 rows; packed_codes-inl.h has the same for any width.
+WINNOW_VNNI_INLINE void LoadGroups(const PackedLayout& layout, const std::byte* halves,
+                                   __m512& scale, __m512& minimum) {
+  const __m512 factor = _mm512_set1_ps(layout.scale_factor);
+  if (!layout.shifted) {
+    scale = _mm512_mul_ps(_mm512_cvtph_ps(Load32(halves)), factor);
+    minimum = layout.with_minima ? _mm512_cvtph_ps(Load32(halves + layout.groups * kPackedRows * 2))
+                                 : _mm512_setzero_ps();
+    return;
+  }
+  const __m256i bits = Load32(halves), mask = _mm256_set1_epi16(kShiftMask);
+  scale = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_andnot_si256(mask, bits)), factor);
+  const __m512i steps = _mm512_sub_epi32(_mm512_cvtepu16_epi32(_mm256_and_si256(bits, mask)),
+                                         _mm512_set1_epi32(kShiftZero));
+  minimum = _mm512_mul_ps(
+      _mm512_mul_ps(_mm512_cvtepi32_ps(steps), _mm512_set1_ps(layout.shift_step)), scale);
 }
 WINNOW_VNNI_INLINE __m512i Broadcast(const std::byte* from) {
   int dword = 0;
@@ -90,8 +106,8 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const PackedLayout& 
     for (int i = 0; i < kBits; ++i) __builtin_prefetch(chunk + kAheadBytes + 64 * i, 0, 2);
     AddVectors<kBits, kLevels, kXRows>(chunk, task.digits + at * kStride, levels, high, low);
     const std::byte* halves = bytes + c / layout.chunks_per_group * kPackedRows * 2;
-    __m512 scale = LoadHalves(halves);
-    if constexpr (kLevels) scale = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 64));
+    __m512 scale, minimum;
+    LoadGroups(layout, halves, scale, minimum);
 #pragma GCC unroll 8
     for (int r = 0; r < kXRows; ++r) {
       const __m512 x_scale = _mm512_set1_ps(task.scales[at + r]);
@@ -99,8 +115,7 @@ WINNOW_VNNI_TARGET void DotBlock(const PackedDotTask& task, const PackedLayout& 
       __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]);
       sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(layout.zero * x_sum));
       y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, x_scale), y[r]);
-      if (layout.asymmetric) {
-        const __m512 minimum = LoadHalves(halves + layout.groups * kPackedRows * 2);
+      if (layout.with_minima) {
         y[r] = _mm512_fmadd_ps(_mm512_mul_ps(minimum, x_scale),
                                _mm512_set1_ps(static_cast<float>(x_sum)), y[r]);
       }

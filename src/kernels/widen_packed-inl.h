@@ -44,10 +44,11 @@ HWY_INLINE void WidenPackedPlainTile(const WeightMatrix& w, int64_t first_row, i
 
 #else
 
-// What codes of a group become: (code as a number - zero) * scale + minimum, as LoadPackedValue.
+// What codes of a group become: (code as a number - zero) * scale + minimum, rounded once as in
+// LoadPackedValue.
 struct ChunkScale {
   VF zero, scale, minimum;
-  bool asymmetric;
+  bool with_minima;
 };
 
 // Four columns of kLanes rows to out [4][ld].
@@ -58,8 +59,9 @@ HWY_INLINE void WidenVector(VU codes, const ChunkScale& how, float* out, int64_t
   HWY_UNROLL(4)
   for (int c = 0; c < 4; ++c) {
     const VI level = hn::BitCast(di, hn::And(codes, byte));
-    VF value = hn::Mul(hn::Sub(hn::ConvertTo(d, level), how.zero), how.scale);
-    if (how.asymmetric) value = hn::Add(value, how.minimum);
+    const VF number = hn::Sub(hn::ConvertTo(d, level), how.zero);
+    const VF value =
+        how.with_minima ? hn::MulAdd(number, how.scale, how.minimum) : hn::Mul(number, how.scale);
     hn::Store(value, d, out + c * ld);
     codes = hn::ShiftRight<8>(codes);
   }
@@ -87,13 +89,10 @@ HWY_NOINLINE void WidenChunk(const WeightMatrix& w, int64_t block, int64_t chunk
   const std::byte* bytes = w.data + static_cast<uint64_t>(block) * layout.block_bytes;
   const int64_t group = chunk / layout.chunks_per_group;
   ChunkScale how = {.zero = hn::Set(d, static_cast<float>(layout.zero)),
-                    .scale = LoadHalves(bytes + (group * kPackedRows + lane) * 2),
+                    .scale = hn::Zero(d),
                     .minimum = hn::Zero(d),
-                    .asymmetric = layout.asymmetric};
-  if constexpr (kLevels) how.scale = hn::Mul(how.scale, hn::Set(d, 1.0f / 64));
-  if (layout.asymmetric) {
-    how.minimum = LoadHalves(bytes + ((layout.groups + group) * kPackedRows + lane) * 2);
-  }
+                    .with_minima = layout.with_minima};
+  LoadGroups(layout, bytes + (group * kPackedRows + lane) * 2, how.scale, how.minimum);
   const std::byte* codes = bytes + layout.codes_bytes + chunk * 64 * kBits;
   WidenVectors<kBits, kLevels>(codes + 4 * lane, LevelBytes(w.packed, 128), how, out, ld);
 }

@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kSection = "quantization_config";
 constexpr const char* kMethod = "winnow";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 // Values in messages stay short whatever a file holds.
 std::string Shown(const OrderedJson& value) {

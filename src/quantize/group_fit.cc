@@ -49,6 +49,24 @@ std::vector<float> SymmetricPositions(int bits) {
   return positions;
 }
 
+// Where the largest weight may lie in a shifted grid, as shares of half its range, and what is left
+// out between: in steps of a scale's last bit (1/32 to 1/64 of it) and of shifts.
+struct ShiftSearch {
+  float from, to;
+  int scale_step, shift_step;
+};
+constexpr std::array<ShiftSearch, 9> kShiftSearch = {{{},
+                                                      {},
+                                                      {0.5f, 2.2f, 4, 2},
+                                                      {0.6f, 1.8f, 4, 2},
+                                                      {0.66f, 1.4f, 4, 2},
+                                                      {0.75f, 1.25f, 2, 2},
+                                                      {0.8f, 1.2f, 2, 2},
+                                                      {0.8f, 1.15f, 2, 2},
+                                                      {0.8f, 1.1f, 3, 2}}};
+constexpr int kNegativeScale = 1 << (15 - kShiftBits);         // of an f16 without shift bits
+constexpr int kLargestScaleCode = (0x7c00 >> kShiftBits) - 1;  // below infinity
+
 std::vector<float> AsymmetricClips(int bits) {
   if (bits == 2) return {-0.08f, -0.04f, 0, 0.04f, 0.08f, 0.12f, 0.16f, 0.2f, 0.25f};
   if (bits == 3) return {-0.03f, 0, 0.03f, 0.06f, 0.1f, 0.14f, 0.18f};
@@ -72,6 +90,10 @@ GroupFitter::GroupFitter(const PackedFormat& format) : format_(format) {
       high_ = static_cast<float>((1 << format.bits) - 1);
       clips_ = AsymmetricClips(format.bits);
       break;
+    case PackedGrid::kShifted:
+      high_ = static_cast<float>((1 << (format.bits - 1)) - 1);
+      low_ = -high_ - 1;
+      break;
     case PackedGrid::kLogarithmic:
     case PackedGrid::kCurved: {
       const std::array<int8_t, 16> levels = GridLevels(format);
@@ -81,19 +103,28 @@ GroupFitter::GroupFitter(const PackedFormat& format) : format_(format) {
   }
 }
 
+GroupScale GroupFitter::Decoded(uint16_t scale_bits, uint16_t minimum_bits) const {
+  const GroupValues values = DecodeGroup(format_, scale_bits, minimum_bits);
+  return {scale_bits, minimum_bits, values.scale, values.minimum};
+}
+
+void GroupFitter::Sum(std::span<const CodeCandidate> candidates, CodeSums* sums) const {
+  if (levels_.empty()) {
+    SumCodes(x_.data(), weight_.data(), padded_, low_, high_, candidates, sums);
+  } else {
+    SumLevels(x_.data(), weight_.data(), padded_, levels_, candidates, sums);
+  }
+}
+
+// Without shift; with kAsymmetric the minimum beside the scale.
 GroupScale GroupFitter::Stored(float scale, float minimum) const {
-  if (!(std::fabs(scale) <= kLargestHalf) || !(std::fabs(minimum) <= kLargestHalf)) {
+  const float half = scale / ScaleFactor(format_);
+  if (!(std::fabs(half) <= kLargestHalf) || !(std::fabs(minimum) <= kLargestHalf)) {
     throw ModelError(fmt::format("a weight of magnitude {:g} is too large for a scale in f16",
                                  static_cast<double>(std::max(largest_, -smallest_))));
   }
-  GroupScale stored;
-  stored.scale_bits = F16FromFloat(scale);
-  stored.scale = FloatFromF16(stored.scale_bits);
-  if (format_.grid == PackedGrid::kAsymmetric) {
-    stored.minimum_bits = F16FromFloat(minimum);
-    stored.minimum = FloatFromF16(stored.minimum_bits);
-  }
-  return stored;
+  const bool with_minimum = format_.grid == PackedGrid::kAsymmetric;
+  return Decoded(F16FromFloat(half), with_minimum ? F16FromFloat(minimum) : uint16_t{0});
 }
 
 GroupScale GroupFitter::Fit(const float* x, const float* weight, int64_t count) {
@@ -121,8 +152,9 @@ GroupScale GroupFitter::Fit(const float* x, const float* weight, int64_t count) 
       return FitAsymmetric();
     case PackedGrid::kLogarithmic:
       return FitLogarithmic();
+    case PackedGrid::kShifted:
     case PackedGrid::kCurved:
-      return FitCurved();
+      return FitShifted();
     case PackedGrid::kSymmetric:
       break;
   }
@@ -164,7 +196,7 @@ double GroupFitter::Refine(float scale, float minimum, GroupScale* best, double 
     if (!std::isfinite(inverse)) return best_error;
     const CodeCandidate candidate = {inverse, -stored.minimum * inverse};
     CodeSums sums;
-    SumCodes(x_.data(), weight_.data(), padded_, low_, high_, {&candidate, 1}, &sums);
+    Sum({&candidate, 1}, &sums);
     const auto step = static_cast<double>(stored.scale);
     const double error = static_cast<double>(sums.rr) * step * step;
     if (!(error < previous)) return best_error;
@@ -193,7 +225,7 @@ double GroupFitter::Refine(float scale, float minimum, GroupScale* best, double 
 
 GroupScale GroupFitter::SearchCandidates() {
   sums_.resize(candidates_.size());
-  SumCodes(x_.data(), weight_.data(), padded_, low_, high_, candidates_, sums_.data());
+  Sum(candidates_, sums_.data());
   // The errors with the best scale for a candidate's codes; the few best are refined.
   std::array<std::pair<double, size_t>, kRefined> first;
   first.fill({std::numeric_limits<double>::infinity(), 0});
@@ -234,14 +266,14 @@ GroupScale GroupFitter::FitLogarithmic() {
   GroupScale best;
   double best_error = square_sum_;
   for (int step = 0; step < kSteps; ++step) {
-    float scale = magnitude * (0.4f + static_cast<float>(step) / (kSteps - 1));
+    float scale = magnitude / 64 * (0.4f + static_cast<float>(step) / (kSteps - 1));
     for (int round = 0; round < 2; ++round) {
       const GroupScale stored = Stored(scale, 0);
       double error = 0, product = 0, square = 0;
       for (int64_t i = 0; i < count_; ++i) {
         const auto at = static_cast<size_t>(i);
         const uint8_t code = Code(stored, x_[at]);
-        const auto level = static_cast<double>(levels_[code]) / 64;
+        const auto level = static_cast<double>(levels_[code]);
         const auto w = static_cast<double>(weight_[at]), value = static_cast<double>(x_[at]);
         const double rest = value - static_cast<double>(Value(stored, code));
         error += w * rest * rest;
@@ -259,59 +291,79 @@ GroupScale GroupFitter::FitLogarithmic() {
   return best;
 }
 
-// The largest weight may fall on any level near either end, with a scale of either sign. Levels are
-// added up step by step, so that a compiler makes vectors of it.
-GroupScale GroupFitter::FitCurved() {
-  constexpr int kSteps = 20;
+// Scales of 11 bits, sign included, and shifts are searched as they are stored: first over the
+// range where the largest weight falls near an end of the grid, then around the best found.
+GroupScale GroupFitter::FitShifted() {
+  const ShiftSearch& search = kShiftSearch[static_cast<size_t>(format_.bits)];
   const float magnitude = std::max(largest_, -smallest_);
-  const auto padded = static_cast<size_t>(padded_);
-  std::vector<float>& level = level_;
-  level.resize(padded);
+  const float end = levels_.empty() ? -low_ : 128;
   GroupScale best;
   double best_error = square_sum_;
-  for (int candidate = 0; candidate < 2 * kSteps; ++candidate) {
-    const float top = 84 + 76 * static_cast<float>(candidate / 2) / (kSteps - 1);
-    float scale = (candidate % 2 == 0 ? 64 : -64) * magnitude / top;
-    for (int round = 0; round < 3; ++round) {
-      const GroupScale stored = Stored(scale, 0);
-      if (stored.scale == 0) break;
-      const float unit = 64 / stored.scale;
-      std::fill(level.begin(), level.end(), levels_.front());
-      for (size_t c = 1; c < levels_.size(); ++c) {
-        const float border = (levels_[c - 1] + levels_[c]) / 2, step = levels_[c] - levels_[c - 1];
-        for (size_t i = 0; i < padded; ++i) level[i] += x_[i] * unit > border ? step : 0.0f;
-      }
-      float product = 0, square = 0;
-      for (size_t i = 0; i < padded; ++i) {
-        product += weight_[i] * x_[i] * level[i];
-        square += weight_[i] * level[i] * level[i];
-      }
-      const auto used = static_cast<double>(stored.scale) / 64;
-      const double error = square_sum_ - 2 * used * static_cast<double>(product) +
-                           used * used * static_cast<double>(square);
-      if (error < best_error) {
-        best_error = error;
-        best = stored;
-      }
-      if (!(square > 0)) break;
-      const float fitted = 64 * product / square;
-      if (fitted == scale) break;
-      scale = fitted;
+  const auto code_of = [&](float position) {
+    return Stored(magnitude / (end * position), 0).scale_bits >> kShiftBits;
+  };
+  const int smallest = code_of(search.to), largest = code_of(search.from);
+  for (int code = smallest; code <= largest; code += search.scale_step) {
+    for (int shift = 0; shift <= kShiftMask; shift += search.shift_step) {
+      AddShifted(code, shift);
+      // A curved grid is not its own mirror image.
+      if (!levels_.empty()) AddShifted(code | kNegativeScale, shift);
     }
   }
+  TryShifted(&best, &best_error);
+  constexpr int kRounds = 4, kReach = 2;
+  for (int round = 0; round < kRounds; ++round) {
+    const uint16_t bits = best.scale_bits;
+    for (int code = -kReach; code <= kReach; ++code) {
+      for (int shift = -kReach; shift <= kReach; ++shift) {
+        AddShifted((bits >> kShiftBits) + code, (bits & kShiftMask) + shift);
+      }
+    }
+    TryShifted(&best, &best_error);
+    if (best.scale_bits == bits) break;
+  }
   return best;
+}
+
+// Nothing if there is no such scale or shift.
+void GroupFitter::AddShifted(int scale_code, int shift) {
+  if (shift < 0 || shift > kShiftMask) return;
+  const int magnitude = scale_code & (kNegativeScale - 1);
+  if (scale_code < 0 || magnitude == 0 || magnitude > kLargestScaleCode) return;
+  const auto bits = static_cast<uint16_t>(scale_code << kShiftBits | shift);
+  const GroupScale group = Decoded(bits, 0);
+  const size_t before = candidates_.size();
+  AddCandidate(group.scale, group.minimum);
+  if (candidates_.size() > before) candidate_bits_.push_back(bits);
+}
+
+// Takes the best of the candidates if it is better, and forgets them all.
+void GroupFitter::TryShifted(GroupScale* best, double* best_error) {
+  sums_.resize(candidates_.size());
+  Sum(candidates_, sums_.data());
+  size_t found = candidates_.size();
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    const auto inverse = static_cast<double>(candidates_[i].inverse_scale);
+    const double error = static_cast<double>(sums_[i].rr) / (inverse * inverse);
+    if (!(error < *best_error)) continue;
+    *best_error = error;
+    found = i;
+  }
+  if (found < candidates_.size()) *best = Decoded(candidate_bits_[found], 0);
+  candidates_.clear();
+  candidate_bits_.clear();
 }
 
 uint8_t GroupFitter::Code(const GroupScale& group, float x) const {
   if (group.scale == 0) return 0;
   if (format_.grid == PackedGrid::kCurved) {
-    const float exact = x * (64 / group.scale);
+    const float exact = (x - group.minimum) / group.scale;
     size_t code = 0;
     while (code + 1 < levels_.size() && exact > (levels_[code] + levels_[code + 1]) / 2) ++code;
     return static_cast<uint8_t>(code);
   }
   if (format_.grid == PackedGrid::kLogarithmic) {
-    const float unit = 64 / group.scale;
+    const float unit = 1 / group.scale;
     const float magnitude = std::fabs(x * unit);
     const auto half = static_cast<size_t>(1) << (format_.bits - 1);
     size_t code = 0;
@@ -321,20 +373,12 @@ uint8_t GroupFitter::Code(const GroupScale& group, float x) const {
   const float inverse = 1 / group.scale;
   const float exact = std::fma(x, inverse, -group.minimum * inverse);
   const float code = std::clamp(std::nearbyint(exact), low_, high_);
-  return static_cast<uint8_t>(format_.grid == PackedGrid::kSymmetric ? code - low_ : code);
+  return static_cast<uint8_t>(code - low_);
 }
 
 float GroupFitter::Value(const GroupScale& group, uint8_t code) const {
-  switch (format_.grid) {
-    case PackedGrid::kAsymmetric:
-      return static_cast<float>(code) * group.scale + group.minimum;
-    case PackedGrid::kLogarithmic:
-    case PackedGrid::kCurved:
-      return levels_[code] * (group.scale / 64);
-    case PackedGrid::kSymmetric:
-      break;
-  }
-  return (static_cast<float>(code) + low_) * group.scale;
+  const float level = levels_.empty() ? static_cast<float>(code) + low_ : levels_[code];
+  return std::fma(level, group.scale, group.minimum);
 }
 
 }  // namespace winnow

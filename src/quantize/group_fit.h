@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/packed_format.h"  // PackedFormat, PackedGrid
@@ -11,9 +12,9 @@ namespace winnow {
 
 // A scale and a minimum as stored, with what rounding to the nearest code needs of them.
 struct GroupScale {
-  uint16_t scale_bits = 0;    // f16
+  uint16_t scale_bits = 0;
   uint16_t minimum_bits = 0;  // f16; with kAsymmetric alone
-  float scale = 0;            // those values
+  float scale = 0;            // what they say: DecodeGroup
   float minimum = 0;
 };
 
@@ -35,23 +36,28 @@ class GroupFitter {
   GroupScale FitSymmetric();
   GroupScale FitAsymmetric();
   GroupScale FitLogarithmic();
-  GroupScale FitCurved();
+  GroupScale FitShifted();
+  void TryShifted(GroupScale* best, double* best_error);
+  void AddShifted(int scale_code, int shift);
   double Refine(float scale, float minimum, GroupScale* best, double best_error);
   GroupScale SearchCandidates();
   void AddCandidate(float scale, float minimum);
+  void Sum(std::span<const CodeCandidate> candidates, CodeSums* sums) const;
   GroupScale Stored(float scale, float minimum) const;
+  GroupScale Decoded(uint16_t scale_bits, uint16_t minimum_bits) const;
 
   PackedFormat format_;
   float low_ = 0, high_ = 0;      // codes; signed with kSymmetric
   std::vector<float> positions_;  // kSymmetric: codes the largest weight may take
   std::vector<float> clips_;      // kAsymmetric: shares of the range cut off at either end
-  std::vector<float> levels_;     // of grids with levels: what a code stands for, in 64ths
+  std::vector<float> levels_;     // of grids with levels: what a code stands for
   // The group being fitted, padded to 16.
-  std::vector<float> x_, weight_, level_;
+  std::vector<float> x_, weight_;
   int64_t count_ = 0, padded_ = 0;
   float largest_ = 0, smallest_ = 0;  // weights that count
   double weight_sum_ = 0, square_sum_ = 0;
   std::vector<CodeCandidate> candidates_;
+  std::vector<uint16_t> candidate_bits_;  // HasShift: the scale of each
   std::vector<CodeSums> sums_;
 };
 

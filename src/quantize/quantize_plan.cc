@@ -32,6 +32,12 @@ PackedFormat Stored(const PackedFormat& planned, const TensorSlice& slice) {
 
 }  // namespace
 
+PackedFormat BestFormat(int bits, int64_t group_columns) {
+  return {.bits = bits,
+          .group_columns = group_columns,
+          .grid = bits <= 4 ? PackedGrid::kCurved : PackedGrid::kShifted};
+}
+
 QuantizePlan UniformQuantizePlan(const Model& model, const PackedFormat& experts,
                                  const PackedFormat& rest) {
   QuantizePlan plan;

@@ -18,6 +18,10 @@ struct QuantizePlan {
   PackedFormat lm_head;
 };
 
+// The grid of these bits that loses least on weights (docs/METHODS.md): curved as far as there are
+// tables, shifted above.
+PackedFormat BestFormat(int bits, int64_t group_columns = 32);
+
 // All experts in one format, everything else that can be packed in another: attention, shared
 // expert, dense layers, and lm_head where it is not the embedding.
 QuantizePlan UniformQuantizePlan(const Model& model, const PackedFormat& experts,
