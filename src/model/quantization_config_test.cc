@@ -9,7 +9,7 @@ namespace winnow {
 namespace {
 
 OrderedJson Section(const OrderedJson& layers) {
-  return {{"quant_method", "winnow"}, {"version", 1}, {"layers", layers}};
+  return {{"quant_method", "winnow"}, {"version", 2}, {"layers", layers}};
 }
 
 OrderedJson Layers(size_t count, const OrderedJson& each = OrderedJson::object()) {
@@ -82,8 +82,8 @@ TEST(QuantizationConfig, OtherMethodsAreRefusedByName) {
 
 TEST(QuantizationConfig, WhatDoesNotFitIsRefused) {
   OrderedJson section = Section(Layers(3));
-  section["version"] = 2;
-  ExpectRefused(section, "version 2");
+  section["version"] = 1;
+  ExpectRefused(section, "version 1");
   section.erase("version");
   ExpectRefused(section, "version (none)");
   section = Section(Layers(3));
