@@ -13,19 +13,50 @@
 
 namespace winnow {
 
+// A loop is open from its start until the caller finds no task left. Workers enter an open loop;
+// one that comes too late, because its core was busy with something else, finds it closed, and
+// nobody waits for it. So a loaded machine slows a loop by the share of its cores it lost, not by
+// the time until every worker had its turn.
 struct ThreadPool::State {
+  // Of `loop`: workers inside, whether it is closed, and its number.
+  static constexpr uint64_t kInside = (1 << 16) - 1;
+  static constexpr uint64_t kClosed = 1 << 16;
+  static constexpr uint64_t kNext = 1 << 17;
+
   std::mutex mutex;
   std::condition_variable work_ready;
   std::condition_variable work_done;
   std::vector<std::thread> threads;
-  // A new value means a new loop; changed under the mutex, read without it by those that spin.
-  std::atomic<uint64_t> generation{0};
-  std::atomic<int> running{0};  // workers that have not finished the current loop
+  std::atomic<uint64_t> loop{kClosed};
   std::atomic<bool> stopping{false};
+  // Of the open loop; changed only while no worker is inside and none can enter.
   const std::function<void(int64_t, int)>* body = nullptr;
   int64_t num_tasks = 0;
   std::atomic<int64_t> next_task{0};
   std::exception_ptr failure;  // guarded by mutex
+
+  bool CanEnter(uint64_t seen) const {
+    const uint64_t now = loop.load(std::memory_order_acquire);
+    return (now & kClosed) == 0 && now / kNext != seen;
+  }
+  // False if the loop was closed meanwhile. `seen`: its number.
+  bool Enter(uint64_t* seen) {
+    uint64_t now = loop.load(std::memory_order_acquire);
+    while ((now & kClosed) == 0 && now / kNext != *seen) {
+      if (loop.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
+        *seen = now / kNext;
+        return true;
+      }
+    }
+    return false;
+  }
+  void Leave() {
+    const uint64_t left = loop.fetch_sub(1, std::memory_order_acq_rel) - 1;
+    if ((left & kClosed) == 0 || (left & kInside) != 0) return;
+    // Under the mutex, so that it does not fall between the caller's look and its sleep.
+    const std::lock_guard lock(mutex);
+    work_done.notify_one();
+  }
 
   void Work(int worker) {
     try {
@@ -83,20 +114,16 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::WorkerLoop(int worker) {
   uint64_t seen = 0;
   for (;;) {
-    const auto ready = [&] { return state_->stopping || state_->generation != seen; };
+    const auto ready = [&] { return state_->stopping || state_->CanEnter(seen); };
     SpinUntil(ready);
     if (!ready()) {
       std::unique_lock lock(state_->mutex);
       state_->work_ready.wait(lock, ready);
     }
     if (state_->stopping) return;
-    seen = state_->generation;
+    if (!state_->Enter(&seen)) continue;
     state_->Work(worker);
-    if (--state_->running == 0) {
-      // Under the mutex, so that it does not fall between the caller's look and its sleep.
-      const std::lock_guard lock(state_->mutex);
-      state_->work_done.notify_one();
-    }
+    state_->Leave();
   }
 }
 
@@ -111,15 +138,18 @@ void ThreadPool::Run(int64_t num_tasks, const std::function<void(int64_t, int)>&
     state_->body = &body;
     state_->num_tasks = num_tasks;
     state_->next_task.store(0, std::memory_order_relaxed);
-    state_->running = num_threads_ - 1;
     state_->failure = nullptr;
-    ++state_->generation;
+    const uint64_t closed = state_->loop.load(std::memory_order_relaxed);
+    state_->loop.store((closed / State::kNext + 1) * State::kNext, std::memory_order_release);
   }
   state_->work_ready.notify_all();
   state_->Work(0);
+  state_->loop.fetch_or(State::kClosed, std::memory_order_acq_rel);
   std::exception_ptr failure;
   {
-    const auto done = [&] { return state_->running == 0; };
+    const auto done = [&] {
+      return (state_->loop.load(std::memory_order_acquire) & State::kInside) == 0;
+    };
     SpinUntil(done);
     std::unique_lock lock(state_->mutex);
     state_->work_done.wait(lock, done);
