@@ -39,11 +39,7 @@ PackedFormat ParseFormat(const std::string& flag, const std::string& text, const
     throw UsageError(fmt::format("{} {}: the model is stored in {}", flag, text, DtypeName(stored)),
                      "convert it first: winnow apply --dtype; or leave it `stored`");
   }
-  if (const auto format = PackedFormatFromName(text)) {
-    // Bits alone leave the grid to us.
-    return format->grid == PackedGrid::kSymmetric ? BestFormat(format->bits, format->group_columns)
-                                                  : *format;
-  }
+  if (const auto format = FormatFromFlag(text)) return *format;
   throw UsageError(fmt::format("{} {}: no format of that name", flag, text), kKnownFormats);
 }
 

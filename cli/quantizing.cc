@@ -81,6 +81,12 @@ std::vector<LayerErrors> AlikeErrors(const Model& model,
 
 }  // namespace
 
+std::optional<PackedFormat> FormatFromFlag(const std::string& text) {
+  const std::optional<PackedFormat> format = PackedFormatFromName(text);
+  if (!format || format->grid != PackedGrid::kSymmetric) return format;
+  return BestFormat(format->bits, format->group_columns);
+}
+
 std::vector<PackedFormat> ExpertCandidates(const PackedFormat& base) {
   std::vector<PackedFormat> candidates;
   for (const int bits : {2, 3, 4, 5, 6, 8}) {

@@ -29,7 +29,11 @@ struct Quantizing {
   OrderedJson json = OrderedJson::object();
 };
 
-// The formats an expert may get: 2 to 8 bits, otherwise as `base`.
+// A packed format by name; bits alone (4bit) leave the grid to us: the one that loses least.
+std::optional<PackedFormat> FormatFromFlag(const std::string& text);
+
+// The formats an expert may get: 2 to 8 bits, otherwise as `base`, but shifted where a curved grid
+// has no such bits.
 std::vector<PackedFormat> ExpertCandidates(const PackedFormat& base);
 // How many experts have which packed format, from few bits to many.
 std::vector<std::pair<std::string, int64_t>> CountFormats(const QuantizePlan& plan);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <span>
 
 #include "apply/model_card.h"
 #include "base/error.h"
@@ -22,15 +23,19 @@ namespace {
 
 // Candidates that are made and measured, of those predicted.
 constexpr size_t kMeasuredCandidates = 2;
+// What compensated rounding leaves of the predicted cost of plain rounding, until bits alone have
+// shown it for this model and size: of the order that sample-deepseek and sample-mixtral have.
+constexpr double kUsualRoundingShare = 0.02;
+constexpr double kLeastRoundingShare = 0.001;
 // Experts' worth that a condensed layer may keep, as observe --method condense has it.
 constexpr int64_t kMostCondensedWidth = 6;
 
 PackedFormat RestFormat(const CompressFlags& flags) {
   if (flags.bits_of_rest == "stored") return {};
   const std::string name = flags.bits_of_rest.empty() ? "8bit" : flags.bits_of_rest;
-  if (const auto format = PackedFormatFromName(name)) return *format;
+  if (const auto format = FormatFromFlag(name)) return *format;
   throw UsageError(fmt::format("--bits-of-rest {}: no format of that name", name),
-                   "8bit, 6bit, 4bit, with -asym and -g64 or -g128 behind it, or stored");
+                   "8bit, 6bit, 4bit, with a grid (-asym) and a group (-g64) behind it, or stored");
 }
 
 // What is gathered before anything is decided, planned first.
@@ -143,20 +148,22 @@ class Sizing {
   void Choose() {
     intact_ = Judge(model_);
     candidates_ = PredictCandidates(session_, model_, gathering_.info, request_, fitting_);
-    for (const SizeCandidate& candidate : candidates_) {
-      session_.Note(fmt::format("candidate: {}; predicted {:.4g} ({:.4g} of it by bits)",
-                                Describe(candidate), candidate.predicted(), candidate.bits_cost));
+    std::span<SizeCandidate> others = candidates_;
+    const bool bits_alone =
+        request_.means.bits && others.front().experts_left == gathering_.info.num_experts();
+    if (bits_alone) {
+      TryToMake(others.front());
+      others = others.subspan(1);
     }
-    for (size_t i = 0; i < candidates_.size() && made_ < kMeasuredCandidates; ++i) {
-      try {
-        Take(candidates_[i], Make(candidates_[i]));
-      } catch (const UsageError& problem) {
-        // The prediction of bytes knows nothing of how files are aligned.
-        for (const char* name : {"candidate", "unpacked", "healed"}) {
-          fs::remove_all(work_ / fmt::format("{}-{}", name, made_));
-        }
-        session_.Note(fmt::format("{}: {}", Describe(candidates_[i]), problem.what()));
-      }
+    SortByCost(others, rounding_share_);
+    for (const SizeCandidate& candidate : others) {
+      session_.Note(fmt::format("candidate: {}; predicted {:.4g} ({:.4g} of it by bits)",
+                                Describe(candidate), candidate.predicted(rounding_share_),
+                                rounding_share_ * candidate.bits_cost));
+    }
+    for (const SizeCandidate& candidate : others) {
+      if (made_ == kMeasuredCandidates) break;
+      TryToMake(candidate);
     }
     if (!best_) {
       throw QualityError(
@@ -331,21 +338,36 @@ class Sizing {
     made.card_name = CardFileName(source.checkpoint());
   }
 
+  void TryToMake(const SizeCandidate& candidate) {
+    try {
+      Take(candidate, Make(candidate));
+    } catch (const UsageError& problem) {
+      // The prediction of bytes knows nothing of how files are aligned.
+      for (const char* name : {"candidate", "unpacked", "healed"}) {
+        fs::remove_all(work_ / fmt::format("{}-{}", name, made_));
+      }
+      session_.Note(fmt::format("{}: {}", Describe(candidate), problem.what()));
+    }
+  }
+
   // Keeps a candidate if it is the best so far, and says what was measured.
   void Take(const SizeCandidate& candidate, Made made) {
     ++made_;
     const PairedDifference lost = Compare(intact_, made.judged);
     session_.Note(
         fmt::format("{}: predicted {:.4g}, measured nll {:+.4f} +- {} on {} judging tokens",
-                    Describe(candidate), candidate.predicted(), lost.nll,
+                    Describe(candidate), candidate.predicted(rounding_share_), lost.nll,
                     FormatStandardError(lost.standard_error),
                     FormatCount(static_cast<uint64_t>(made.judged.tokens))));
     OrderedJson json = {{"experts_left", candidate.experts_left},
                         {"condensed_layers", candidate.condensed_layers()},
-                        {"predicted", candidate.predicted()},
+                        {"predicted", candidate.predicted(rounding_share_)},
                         {"nll_difference", lost.nll}};
     if (lost.standard_error) json["standard_error"] = *lost.standard_error;
     measured_.push_back(json);
+    if (candidate.experts_left == gathering_.info.num_experts() && candidate.bits_cost > 0) {
+      rounding_share_ = std::clamp(lost.nll / candidate.bits_cost, kLeastRoundingShare, 1.0);
+    }
     const bool better = !best_ || made.judged.nll < best_->judged.nll;
     if (better && best_) fs::remove_all(best_->folder);
     if (!better) fs::remove_all(made.folder);
@@ -366,6 +388,7 @@ class Sizing {
   PerplexityResult intact_;
   std::vector<SizeCandidate> candidates_;
   size_t made_ = 0;
+  double rounding_share_ = kUsualRoundingShare;
   std::optional<Made> best_;
   const SizeCandidate* chosen_ = nullptr;  // of candidates_
   OrderedJson measured_ = OrderedJson::array();

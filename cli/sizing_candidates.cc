@@ -20,9 +20,6 @@ namespace {
 
 // Experts' worth left that are tried where bits make up the rest of the size, as shares of all.
 constexpr double kSharesLeft[] = {1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25};
-// What compensated rounding leaves of the predicted cost of plain rounding: on sample-deepseek at
-// 36 % of its bytes, all experts left, 1.164 was predicted and the nll rose by 0.0241.
-constexpr double kCompensatedShare = 0.02;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Predicts what bits cost for experts that are left, from errors measured once with all of them.
@@ -84,7 +81,7 @@ class BitsPredictor {
       const auto choice = static_cast<size_t>(found.choice[i]);
       cost += sensitivities[layers[i]] * items[i].error[choice] / num_tokens_;
     }
-    return kCompensatedShare * cost;
+    return cost;
   }
 
   // Experts' worth of neurons that a condensed layer keeps.
@@ -217,12 +214,6 @@ class Remover {
       "give a larger size, more --means, or fewer bits to the rest (--bits-of-rest)");
 }
 
-void SortByCost(std::vector<SizeCandidate>& candidates) {
-  std::stable_sort(
-      candidates.begin(), candidates.end(),
-      [](const SizeCandidate& a, const SizeCandidate& b) { return a.predicted() < b.predicted(); });
-}
-
 // As many experts' worth as fit, in the formats they have.
 std::vector<SizeCandidate> LargestThatFit(const Model& model, const StatsInfo& info,
                                           const SizeRequest& request, const Remover& remover) {
@@ -237,7 +228,7 @@ std::vector<SizeCandidate> LargestThatFit(const Model& model, const StatsInfo& i
       smallest = std::min(smallest, bytes);
       fewest = experts;
     }
-    SortByCost(fitting);
+    SortByCost(fitting, 0);
     if (!fitting.empty()) return fitting;
   }
   RefuseSize(request, smallest, fewest);
@@ -300,15 +291,14 @@ std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& mode
     }
   }
   if (candidates.empty()) RefuseSize(request, smallest, fewest);
-  SortByCost(candidates);
-  // Bits alone are always among those that are made: what the others must better.
-  const auto intact = std::find_if(
-      candidates.begin(), candidates.end(),
-      [&](const SizeCandidate& candidate) { return candidate.experts_left == info.num_experts(); });
-  if (intact != candidates.end() && intact - candidates.begin() > 1) {
-    std::rotate(candidates.begin() + 1, intact, intact + 1);
-  }
   return candidates;
+}
+
+void SortByCost(std::span<SizeCandidate> candidates, double rounding_share) {
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [&](const SizeCandidate& a, const SizeCandidate& b) {
+                     return a.predicted(rounding_share) < b.predicted(rounding_share);
+                   });
 }
 
 }  // namespace winnow::cli

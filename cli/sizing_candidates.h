@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -38,17 +39,22 @@ struct SizeRequest {
 struct SizeCandidate {
   int64_t experts_left = 0;  // experts' worth, over all layers
   CompressionPlan plan;      // of what goes; nothing does if all experts are left
-  // Effects on the logits (or errors of the stream, without neurons to weigh layers by).
+  // Effects on the logits (or errors of the stream, without neurons to weigh layers by); of bits as
+  // if they were rounded plainly and nothing made up for it.
   double removal_cost = 0, bits_cost = 0;
 
-  double predicted() const { return removal_cost + bits_cost; }
+  // `rounding_share`: what is left of the cost of bits once they are rounded with compensation.
+  double predicted(double rounding_share) const {
+    return removal_cost + rounding_share * bits_cost;
+  }
   int64_t condensed_layers() const;
 };
 
-// By ascending predicted cost, but bits alone, if they fit, among the first two. QualityError if
-// nothing fits.
+// Bits alone first, if they fit: the size shows then what share of the cost of bits is left.
+// Without bits sorted. QualityError if nothing fits.
 std::vector<SizeCandidate> PredictCandidates(Session& session, const Model& model,
                                              const StatsInfo& info, const SizeRequest& request,
                                              const std::vector<SourceBlocks>& fitting);
+void SortByCost(std::span<SizeCandidate> candidates, double rounding_share);
 
 }  // namespace winnow::cli
