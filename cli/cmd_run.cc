@@ -119,13 +119,18 @@ int RunVerb(Session& session, RunFlags& flags) {
   const int sources = (flags.prompt.empty() ? 0 : 1) + (flags.ids.empty() ? 0 : 1) +
                       (flags.prompt_file.empty() ? 0 : 1) + (flags.interactive ? 1 : 0);
   if (sources != 1) {
-    throw UsageError("give one of -p TEXT, -f FILE, --ids FILE and -i");
+    throw UsageError(sources == 0 ? "there is no prompt"
+                                  : "there is more than one prompt: -p, -f, --ids and -i exclude "
+                                    "each other",
+                     "give one of -p TEXT, -f FILE, --ids FILE and -i");
   }
-  if (flags.raw && flags.chat) throw UsageError("--raw and --chat exclude each other");
+  if (flags.raw && flags.chat)
+    throw UsageError("--raw and --chat exclude each other", "leave one of them out");
   if (!flags.prompt_file.empty()) flags.prompt = ReadTextFile(flags.prompt_file);
   if (std::any_of(flags.stops.begin(), flags.stops.end(),
                   [](const std::string& stop) { return stop.empty(); })) {
-    throw UsageError("--stop: an empty string ends every text at once");
+    throw UsageError("--stop: an empty string ends every text at once",
+                     "give a text, or leave --stop out");
   }
   const Model model = Model::Open(flags.model);
   flags.options.memory_budget_bytes = session.memory_budget();

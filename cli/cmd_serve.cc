@@ -13,6 +13,7 @@
 #include "generate/batch_runner.h"
 #include "pruning.h"
 #include "serve/batch_adapter.h"
+#include "serve/body_budget.h"
 #include "serve/server.h"
 #include "session.h"
 #include "tokenizer/tokenizer.h"
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int64_t kMostSlots = 8;                      // by default
 constexpr int64_t kUsualContext = 4096;                // by default, if the model has as much
+constexpr uint64_t kShareOfBodies = 8;                 // an eighth of the budget at most
 constexpr auto kLook = std::chrono::milliseconds(50);  // how often Ctrl-C is looked for
 
 struct ServeFlags {
@@ -160,9 +162,13 @@ int RunServe(Session& session, ServeFlags& flags) {
   flags.server.api_key = flags.api_key;
   if (flags.name.empty()) flags.name = fs::canonical(flags.model).filename().string();
   const uint64_t tokenizer_bytes = Tokenizer::EstimateBytes(flags.model);
-  const BatchOptions options = PlanSlots(session, model, flags, tokenizer_bytes);
+  size_t& body_bytes = flags.server.max_body_bytes;
+  body_bytes = LargestBodyWithin(session.memory_budget() / kShareOfBodies, body_bytes);
+  const uint64_t bodies_bytes = BodyMemoryBytes(body_bytes);
+  const BatchOptions options = PlanSlots(session, model, flags, tokenizer_bytes + bodies_bytes);
   MemoryPlan plan = BatchRunner::Plan(model, options, session.pool().num_threads());
   plan.Add("tokenizer", tokenizer_bytes);
+  plan.Add("bodies of requests", bodies_bytes);
   plan.Add("logits of all slots", static_cast<uint64_t>(options.slots) *
                                       static_cast<uint64_t>(model.config().vocab_size) *
                                       sizeof(float));

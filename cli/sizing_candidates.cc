@@ -214,12 +214,27 @@ class Remover {
       "give a larger size, more --means, or fewer bits to the rest (--bits-of-rest)");
 }
 
+// More experts' worth than these never fit: what is no expert's and no router's stays in every
+// plan. The bytes themselves are not monotone in the experts left, because a plan with one more may
+// condense more layers, whose routers go.
+int64_t MostThatCouldFit(const Model& model, const StatsInfo& info, uint64_t bytes) {
+  uint64_t rest = model.checkpoint().total_bytes(), each = std::numeric_limits<uint64_t>::max();
+  for (const StatsLayer& layer : info.layers) {
+    const uint64_t routed = layer.expert_bytes * static_cast<uint64_t>(layer.num_experts) +
+                            model.layers()[static_cast<size_t>(layer.layer)].router.bytes();
+    rest -= std::min(rest, routed);
+    each = std::min(each, layer.expert_bytes);
+  }
+  const uint64_t most = (bytes - std::min(rest, bytes)) / std::max<uint64_t>(each, 1);
+  return static_cast<int64_t>(std::min(most, static_cast<uint64_t>(info.num_experts() - 1)));
+}
+
 // As many experts' worth as fit, in the formats they have.
 std::vector<SizeCandidate> LargestThatFit(const Model& model, const StatsInfo& info,
                                           const SizeRequest& request, const Remover& remover) {
   uint64_t smallest = model.checkpoint().total_bytes();
   int64_t fewest = info.num_experts();
-  for (int64_t experts = info.num_experts() - 1; experts >= 0; --experts) {
+  const auto fitting_with = [&](int64_t experts) {
     std::vector<SizeCandidate> fitting;
     for (SizeCandidate& candidate : remover.Left(experts)) {
       const uint64_t bytes =
@@ -229,7 +244,16 @@ std::vector<SizeCandidate> LargestThatFit(const Model& model, const StatsInfo& i
       fewest = experts;
     }
     SortByCost(fitting, 0);
+    return fitting;
+  };
+  const int64_t most = MostThatCouldFit(model, info, request.bytes);
+  for (int64_t experts = most; experts >= 0; --experts) {
+    std::vector<SizeCandidate> fitting = fitting_with(experts);
     if (!fitting.empty()) return fitting;
+  }
+  // No division leaves so few: what the fewest would take.
+  for (int64_t experts = most + 1; experts < info.num_experts() && fewest > experts; ++experts) {
+    fitting_with(experts);
   }
   RefuseSize(request, smallest, fewest);
 }

@@ -37,6 +37,18 @@ TEST(Run, StopStringsEndTheTextBeforeThem) {
   EXPECT_EQ(RunWinnow({"run", SampleModel(), "-p", "x", "--stop", ""}).exit_code, 2);
 }
 
+TEST(Run, PromptsThatContradictAreRefusedWithAHint) {
+  for (const Arguments& more :
+       {Arguments{}, Arguments{"-p", "x", "-i"}, Arguments{"-p", "x", "--raw", "--chat"},
+        Arguments{"-p", "x", "--stop", ""}}) {
+    Arguments arguments = {"run", SampleModel()};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const ProgramResult refused = RunWinnow(arguments);
+    EXPECT_EQ(refused.exit_code, 2);
+    EXPECT_NE(refused.err.find("hint: "), std::string::npos) << refused.err;
+  }
+}
+
 TEST(Run, AMessageIsRenderedByTheTemplate) {
   const TemporaryFolder folder;
   const std::string model = ChattyModel(folder);

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "condense/neuron_pass.h"
+#include "forward/expert_skipping.h"
 #include "forward/layer_sweep.h"
 #include "kernels/elementwise.h"
 #include "kernels/targets.h"
@@ -41,7 +42,7 @@ class AlphaCollector : public MoeObserver {
       : sum(static_cast<size_t>(num_experts)), count(static_cast<size_t>(num_experts)) {}
   void OnTokens(const MoeTokens& m) override {
     for (int64_t i = 0; i < m.num_tokens * m.num_experts_per_tok; ++i) {
-      if (m.topk_ids[i] < 0) continue;
+      if (IsSkipped(m.topk_ids[i])) continue;
       sum[static_cast<size_t>(m.topk_ids[i])] += static_cast<double>(m.topk_weights[i]);
       ++count[static_cast<size_t>(m.topk_ids[i])];
     }

@@ -9,6 +9,18 @@
 
 namespace winnow {
 
+// One of the k places of a token's ids, as SelectExperts fills them: the expert's id or, if it is
+// skipped, the id's complement ~id, which is negative. Both questions are asked only here.
+constexpr bool IsSkipped(int32_t slot) {
+  return slot < 0;
+}
+constexpr int32_t ExpertOfSlot(int32_t slot) {
+  return IsSkipped(slot) ? ~slot : slot;
+}
+constexpr int32_t SkippedSlot(int32_t expert) {
+  return ~expert;
+}
+
 // beta of each decoder layer; 0 or missing: nothing is skipped.
 using SkipBetas = std::vector<double>;
 
@@ -29,7 +41,7 @@ struct SkipCounts {
     const auto at = static_cast<size_t>(layer);
     tokens[at] += num_tokens;
     for (int64_t t = 0; t < num_tokens; ++t, ids += k) {
-      const int64_t used = std::count_if(ids, ids + k, [](int32_t id) { return id >= 0; });
+      const int64_t used = std::count_if(ids, ids + k, [](int32_t id) { return !IsSkipped(id); });
       experts[at] += used;
       reduced[at] += used < k ? 1 : 0;
       dropped_weight[at] += static_cast<double>(dropped[t]);

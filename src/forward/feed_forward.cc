@@ -224,7 +224,7 @@ void FeedForwardBlock::RouteGathered(const LayerWeights& weights, const FeedForw
   }
   for (int64_t t = 0; t < n; ++t) {
     for (int64_t i = 0; i < k; ++i) {
-      if (ids_[static_cast<size_t>(t * k + i)] < 0) continue;  // skipped
+      if (IsSkipped(ids_[static_cast<size_t>(t * k + i)])) continue;
       const auto e = static_cast<size_t>(ids_[static_cast<size_t>(t * k + i)]);
       tokens_of_expert_[e].push_back(static_cast<int32_t>(t));
       slots_of_expert_[e].push_back(t * k + i);
@@ -283,7 +283,7 @@ void FeedForwardBlock::RouteAllExperts(const LayerWeights& weights, int64_t n) {
       }
       std::sort(chosen.begin(), chosen.end());
       for (const auto& [e, w] : chosen) {
-        if (e < 0) continue;  // skipped
+        if (IsSkipped(e)) continue;
         AddScaled(routed_.data() + t * h, w, expert_outputs_.data() + t * ld + e * h, h);
       }
     }

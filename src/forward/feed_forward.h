@@ -33,7 +33,7 @@ class FeedForwardBlock {
   // From now on experts are skipped by these thresholds, and counted.
   void SetSkipping(const SkipBetas& betas);
   const SkipCounts& skip_counts() const { return skip_counts_; }
-  // Experts of the last Run's tokens (its last 4,096 if it had more): [tokens, k], best first, -1
+  // Experts of the last Run's tokens (its last 4,096 if it had more): [tokens, k], best first, ~id
   // where one was skipped. Of a layer with a router.
   const int32_t* last_ids() const { return ids_.data(); }
 

@@ -18,7 +18,7 @@ struct MoeTokens {
   const float* residual = nullptr;        // [n, hidden] stream before the feed-forward block
   const float* input = nullptr;           // [n, hidden] normed, what router and experts see
   const float* router_logits = nullptr;   // [n, E]
-  const int32_t* topk_ids = nullptr;      // [n, k] highest probability first
+  const int32_t* topk_ids = nullptr;      // [n, k] highest probability first; ~id: skipped
   const float* topk_weights = nullptr;    // [n, k] as multiplied into the expert outputs
   const float* routed = nullptr;          // [n, hidden] weighted sum of the routed experts
   const float* output = nullptr;          // [n, hidden] routed + shared

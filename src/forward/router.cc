@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "forward/expert_skipping.h"
 #include "kernels/elementwise.h"
 
 namespace winnow {
@@ -36,7 +37,7 @@ void SelectExperts(const ModelConfig& config, const float* logits, int64_t n, in
       for (int64_t i = 1; i < k; ++i) {
         if (!(topk_weights[t * k + i] < least)) continue;
         dropped += topk_weights[t * k + i];
-        topk_ids[t * k + i] = -1;
+        topk_ids[t * k + i] = SkippedSlot(topk_ids[t * k + i]);
         topk_weights[t * k + i] = 0;
       }
       if (dropped_weight != nullptr) dropped_weight[t] = dropped / sum;

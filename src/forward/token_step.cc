@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "forward/attention.h"  // NormAndRotateToken
+#include "forward/expert_skipping.h"
 #include "forward/router.h"
 #include "kernels/attend.h"
 #include "kernels/elementwise.h"
@@ -121,7 +122,7 @@ void TokenStep::Route(const LayerWeights& weights, int64_t rows, double beta) {
   int32_t expert = -1;
   for (const int32_t slot : order) {
     const int32_t id = ids_[static_cast<size_t>(slot)];
-    if (id < 0) continue;  // skipped
+    if (IsSkipped(id)) continue;
     if (id != expert) AddPart(weights.experts[static_cast<size_t>(id)]);
     expert = id;
     Part& part = parts_[num_parts_ - 1];

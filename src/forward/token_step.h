@@ -37,8 +37,8 @@ class TokenStep {
   // Experts below `beta` times the best are skipped; 0: none.
   void RunFeedForward(const LayerWeights& weights, int64_t rows, double beta, float* hidden);
 
-  // Of the last RunFeedForward through a router: ids [rows, k], best first, -1 where skipped; and
-  // the share of the k probabilities that was skipped, [rows].
+  // Of the last RunFeedForward through a router: ids [rows, k], best first, ~id where
+  // skipped; and the share of the k probabilities that was skipped, [rows].
   std::span<const int32_t> ids() const { return ids_; }
   std::span<const float> dropped_weight() const { return dropped_weight_; }
 

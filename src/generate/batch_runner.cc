@@ -235,7 +235,7 @@ void BatchRunner::Prefill(
 
 void BatchRunner::State::CountDecoded(const LayerWeights& weights, int64_t layer, int64_t rows) {
   for (const int32_t id : step.ids()) {
-    if (id < 0) continue;  // skipped
+    if (IsSkipped(id)) continue;
     const FeedForwardWeights& expert = weights.experts[static_cast<size_t>(id)];
     decoded_bytes +=
         static_cast<double>(expert.gate.bytes() + expert.up.bytes() + expert.down.bytes());

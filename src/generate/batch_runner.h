@@ -38,8 +38,8 @@ struct DecodeEntry {
   int32_t token = 0;
 };
 
-// Which experts the tokens of the last call used: ids [tokens, MoE layers, k], best first, -1 where
-// one was skipped.
+// Which experts the tokens of the last call used: ids [tokens, MoE layers, k], best first, ~id
+// where one was skipped (forward/expert_skipping.h).
 struct ExpertUse {
   int64_t moe_layers = 0;
   int64_t experts_per_token = 0;  // k

@@ -122,6 +122,45 @@ TEST_P(BatchRunnerTest, EveryPositionHasTheReferencesLogits) {
   }
 }
 
+// Thresholds in the last MoE layer alone change no router's input, so the ids with and without them
+// are the same but for the mark.
+TEST_P(BatchRunnerTest, SkippedExpertsKeepTheirIds) {
+  const auto last = static_cast<size_t>(model_.config().MoeLayers().back());
+  const int64_t k = model_.config().num_experts_per_tok;
+  if (k < 2) GTEST_SKIP() << "the best expert is never skipped";
+  ThreadPool pool(2);
+  BatchOptions options = Options(1);
+  BatchRunner plain(model_, options, pool, {});
+  options.skip_betas.assign(static_cast<size_t>(model_.config().num_layers()), 0.0);
+  options.skip_betas[last] = 1.0;  // all but the best, unless probabilities are equal
+  BatchRunner skipping(model_, options, pool, {});
+  plain.RecordExperts(true);
+  skipping.RecordExperts(true);
+  const auto check = [&](int64_t tokens) {
+    const ExpertUse &all = plain.last_experts(), &some = skipping.last_experts();
+    ASSERT_EQ(all.ids.size(), static_cast<size_t>(tokens * all.moe_layers * k));
+    ASSERT_EQ(some.ids.size(), all.ids.size());
+    int64_t skipped = 0;
+    for (size_t i = 0; i < all.ids.size(); ++i) {
+      EXPECT_EQ(ExpertOfSlot(some.ids[i]), all.ids[i]) << i;
+      EXPECT_FALSE(winnow::IsSkipped(all.ids[i]));
+      skipped += winnow::IsSkipped(some.ids[i]) ? 1 : 0;
+    }
+    EXPECT_EQ(skipped, tokens * (k - 1));
+  };
+  const std::vector<int32_t> prompt = Prompt(11, 3);
+  LastLogits(plain, 0, prompt);
+  LastLogits(skipping, 0, prompt);
+  check(11);
+  Row row(static_cast<size_t>(vocabulary_));
+  for (const int32_t token : {5, 1, 7}) {
+    const DecodeEntry entry = {0, token};
+    plain.Decode(std::span(&entry, 1), row);
+    skipping.Decode(std::span(&entry, 1), row);
+    check(1);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, BatchRunnerTest,
                          testing::Values("mixtral", "mixtral-bf16-fused", "qwen2_moe", "olmoe",
                                          "qwen3_moe-dense-layer", "deepseek-bf16"),

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "forward/expert_skipping.h"
 #include "forward/router.h"
 #include "observe/test_support.h"
 
@@ -65,7 +66,7 @@ TEST_P(NaeeSkipBudget, SpendsWhatIsAskedAndPredictsTheError) {
       for (int64_t c = 0; c < h; ++c) {
         double z = static_cast<double>(traced.routed[static_cast<size_t>(t * h + c)]);
         for (size_t r = 0; r < ids.size(); ++r) {
-          if (ids[r] < 0) continue;
+          if (winnow::IsSkipped(ids[r])) continue;
           z -= static_cast<double>(weights[r]) *
                static_cast<double>(
                    traced.expert_outputs[static_cast<size_t>((t * experts + ids[r]) * h + c)]);
@@ -73,7 +74,7 @@ TEST_P(NaeeSkipBudget, SpendsWhatIsAskedAndPredictsTheError) {
         squared += z * z;
       }
       error += squared / static_cast<double>(records.stream_norm_squared[static_cast<size_t>(t)]);
-      for (const int32_t id : ids) active += id >= 0 ? 1 : 0;
+      for (const int32_t id : ids) active += winnow::IsSkipped(id) ? 0 : 1;
     }
     error /= static_cast<double>(n);
     // Gram records are f32: differences of them are good to some 1e-6 of the outputs' squares.
@@ -95,7 +96,7 @@ TEST_P(NaeeSkipBudget, OneQuantileSkipsTheSameShareInEveryLayer) {
     std::vector<float> weights(ids.size());
     SelectExperts(model_.config(), trace.layers.at(plan.layer).router_logits.data(), n,
                   plan.num_experts, ids.data(), weights.data(), plan.beta.value());
-    const auto skipped = std::count(ids.begin(), ids.end(), -1);
+    const auto skipped = std::count_if(ids.begin(), ids.end(), winnow::IsSkipped);
     EXPECT_NEAR(static_cast<double>(skipped), 0.25 * static_cast<double>((k - 1) * n), 1.0);
   }
 }
@@ -131,7 +132,9 @@ TEST(SelectExperts, SkipsStrictlyBelowBetaAndRenormalises) {
   std::vector<float> weights(2);
   float dropped = -1;
   SelectExperts(config, logits.data(), 1, 3, ids.data(), weights.data(), 0.6, &dropped);
-  EXPECT_EQ(ids, (std::vector<int32_t>{1, -1}));
+  EXPECT_EQ(ids, (std::vector<int32_t>{1, SkippedSlot(0)}));
+  EXPECT_TRUE(winnow::IsSkipped(ids[1]));  // although it is expert 0
+  EXPECT_EQ(ExpertOfSlot(ids[1]), 0);
   EXPECT_EQ(weights, (std::vector<float>{1.0f, 0.0f}));
   EXPECT_NEAR(dropped, 2.0f / 6, 1e-6f);
   SelectExperts(config, logits.data(), 1, 3, ids.data(), weights.data(), 0.4, &dropped);

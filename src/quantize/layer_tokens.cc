@@ -94,7 +94,6 @@ void LayerTokens::RouteTile(const LayerWeights& weights, const SequenceTile& til
       const int32_t token = static_cast<int32_t>(tile.first_token + first + i / k);
       const int32_t expert = topk_ids_[static_cast<size_t>(i)];
       const float weight = topk_weights_[static_cast<size_t>(i)];
-      if (expert < 0) continue;
       WeightedTokens& to = experts_[static_cast<size_t>(expert)];
       to.tokens.push_back(token);
       to.weights.push_back(weight * weight * all_.weights[static_cast<size_t>(token)]);

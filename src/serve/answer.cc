@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "forward/expert_skipping.h"
 #include "serve/running_sequence.h"  // CountCharacters
 
 namespace winnow {
@@ -147,12 +148,13 @@ OrderedJson Answer::Experts(const std::vector<GeneratedToken>& tokens) const {
     OrderedJson used_by_layer = OrderedJson::array(), skipped_by_layer = OrderedJson::array();
     const size_t k = layers == 0 ? 0 : token.experts.size() / layers;
     for (size_t layer = 0; layer < layers && k > 0; ++layer) {
-      OrderedJson used = OrderedJson::array();
+      OrderedJson used = OrderedJson::array(), left_out = OrderedJson::array();
       for (size_t rank = 0; rank < k; ++rank) {
-        if (token.experts[layer * k + rank] >= 0) used.push_back(token.experts[layer * k + rank]);
+        const int32_t slot = token.experts[layer * k + rank];
+        (IsSkipped(slot) ? left_out : used).push_back(ExpertOfSlot(slot));
       }
-      skipped_by_layer.push_back(k - used.size());
       used_by_layer.push_back(std::move(used));
+      skipped_by_layer.push_back(std::move(left_out));
     }
     offsets.push_back(token.text_offset);
     experts.push_back(std::move(used_by_layer));

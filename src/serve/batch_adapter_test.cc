@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include "serve/answer.h"
 #include "serve/test_support.h"
 
 namespace winnow {
@@ -11,7 +12,9 @@ namespace {
 
 class SampleModel {
  public:
-  SampleModel() : runner_(model_, {.slots = 3, .context_tokens = 96}, pool_, {}) {}
+  explicit SampleModel(SkipBetas betas = {})
+      : runner_(model_, {.slots = 3, .context_tokens = 96, .skip_betas = std::move(betas)}, pool_,
+                {}) {}
   // All requests, `together` at a time, through a scheduler of its own.
   std::vector<Collected> Run(const std::vector<SequenceSpec>& specs, size_t together,
                              bool reuse_prefixes) {
@@ -34,6 +37,22 @@ class SampleModel {
     }
     EXPECT_EQ(metrics.counts().prefix_hits > 0, reuse_prefixes);
     return all;
+  }
+  // The report on experts in the answer to one request.
+  OrderedJson Experts(const SequenceSpec& spec) {
+    SchedulerOptions options;
+    options.vocabulary.moe_layers = 4;
+    Metrics metrics{ServedSizes{}};
+    Scheduler scheduler(adapter_, SampleTokenizer(), options, metrics);
+    const auto generation = scheduler.Submit({spec}, {});
+    while (scheduler.Step()) {
+    }
+    AnswerForm form;
+    form.report_experts = true;
+    form.moe_layers = 4;
+    Answer answer(form, 1, SampleTokenizer());
+    while (const auto event = generation->Next(std::chrono::milliseconds(0))) answer.Add(*event);
+    return answer.Whole()["choices"][0]["winnow"];
   }
 
  private:
@@ -69,6 +88,35 @@ TEST(BatchAdapter, AnswersDoNotDependOnCompanyOrCache) {
       EXPECT_EQ(got[i].prompt_scores, expected[i].prompt_scores);
     }
   }
+}
+
+// Thresholds in the last layer alone change no router's input, and the bias leaves one token to be
+// drawn, so both models select the same experts and differ in which of them run.
+TEST(BatchAdapter, UsedAndSkippedExpertsAreTheRoutersTopK) {
+  SequenceSpec spec;
+  spec.prompt = SampleTokenizer().Encode("The old man and the sea", true);
+  spec.max_tokens = 12;
+  spec.stop_at_eos = false;
+  spec.rules.logit_bias = {{100, 1e6f}};
+  const OrderedJson all = SampleModel().Experts(spec);
+  const OrderedJson some = SampleModel({0, 0, 0, 0.7}).Experts(spec);
+  ASSERT_EQ(all["experts"].size(), 12u);
+  ASSERT_EQ(some["experts"].size(), 12u);
+  size_t skipped = 0;
+  for (size_t token = 0; token < 12; ++token) {
+    for (size_t layer = 0; layer < 4; ++layer) {
+      EXPECT_TRUE(all["skipped"][token][layer].empty());
+      OrderedJson selected = some["experts"][token][layer];
+      for (const OrderedJson& id : some["skipped"][token][layer]) {
+        EXPECT_EQ(layer, 3u);
+        selected.push_back(id);
+        ++skipped;
+      }
+      EXPECT_EQ(selected, all["experts"][token][layer]) << token << " " << layer;
+    }
+  }
+  EXPECT_GT(skipped, 0u);
+  EXPECT_LT(skipped, 12u);
 }
 
 }  // namespace

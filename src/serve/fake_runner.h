@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "forward/expert_skipping.h"
 #include "serve/sequence_runner.h"
 
 namespace winnow {
@@ -107,7 +108,8 @@ class FakeRunner : public SequenceRunner {
       for (int64_t rank = 0; rank < options_.experts_per_token; ++rank) {
         // The last rank is skipped for odd tokens.
         const bool skipped = rank > 0 && rank + 1 == options_.experts_per_token && token % 2 != 0;
-        experts_.ids.push_back(skipped ? -1 : static_cast<int32_t>((token + layer + rank) % 8));
+        const auto expert = static_cast<int32_t>((token + layer + rank) % 8);
+        experts_.ids.push_back(skipped ? SkippedSlot(expert) : expert);
       }
     }
   }

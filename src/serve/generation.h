@@ -32,7 +32,8 @@ struct SequenceSpec {
   bool score_prompt = false;             // those of the prompt's tokens too
 };
 
-// Experts of one token: ids [MoE layers, k], best first, -1 where one was skipped.
+// Experts of one token: ids [MoE layers, k], best first, ~id where one was skipped
+// (forward/expert_skipping.h).
 using TokenExperts = std::vector<int32_t>;
 
 struct GeneratedToken {

@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 
+#include "serve/body_budget.h"
 #include "serve/field_reader.h"
 
 namespace winnow {
@@ -216,9 +217,26 @@ OrderedJson ReadMessages(FieldReader& fields) {
   return messages;
 }
 
+// An upper bound, without building anything: what begins a value or follows one, outside strings.
+size_t CountValues(std::string_view json) {
+  size_t count = 1;
+  bool in_string = false;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (c == '"') in_string = !in_string;
+    if (in_string && c == '\\') ++i;
+    if (!in_string && (c == ',' || c == '[' || c == '{')) ++count;
+  }
+  return count;
+}
+
 }  // namespace
 
 OrderedJson ParseBody(std::string_view body) {
+  if (CountValues(body) > kMaxBodyValues) {
+    throw ApiError(413, "too_many_values",
+                   fmt::format("the body may have {} JSON values at most", kMaxBodyValues));
+  }
   OrderedJson json;
   try {
     json = ParseOrderedJson(body, "the request's body");

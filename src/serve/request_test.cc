@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "generate/stop_matcher.h"
+#include "serve/body_budget.h"
 
 namespace winnow {
 namespace {
@@ -29,6 +30,26 @@ std::string Refused(Parse parse) {
     return error.param();
   }
   return "nothing";
+}
+
+// Values take far more memory than their text, so there is a limit before any is made.
+TEST(Body, MayHaveSoManyValues) {
+  const auto body = [](size_t values) {
+    std::string text = R"({"a": [0)";
+    for (size_t i = 3; i < values; ++i) text += ",0";
+    return text + "]}";
+  };
+  EXPECT_EQ(ParseBody(body(kMaxBodyValues))["a"].size(), kMaxBodyValues - 2);
+  try {
+    ParseBody(body(kMaxBodyValues + 1));
+    ADD_FAILURE();
+  } catch (const ApiError& error) {
+    EXPECT_EQ(error.status(), 413);
+    EXPECT_EQ(error.code(), "too_many_values");
+  }
+  // What stands in a string is none.
+  const std::string text(2 * kMaxBodyValues, ',');
+  EXPECT_EQ(ParseBody(R"({"a": "\"[)" + text + R"("})")["a"], "\"[" + text);
 }
 
 TEST(CompletionRequest, DefaultsAreOpenAis) {

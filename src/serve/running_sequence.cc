@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "forward/expert_skipping.h"
 
 namespace winnow {
 
@@ -55,7 +56,7 @@ void RunningSequence::Accept(std::span<const float> logits, TokenExperts experts
   next_token_ = token;
   ++timings_.generated_tokens;
   experts_run_ += std::count_if(generated.experts.begin(), generated.experts.end(),
-                                [](int32_t id) { return id >= 0; });
+                                [](int32_t id) { return !IsSkipped(id); });
   pending_.push_back(std::move(generated));
 
   const auto& eos = rules_.eos_token_ids;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/checked_math.h"
+#include "forward/expert_skipping.h"
 
 namespace winnow {
 namespace {
@@ -226,7 +227,7 @@ TokenExperts Scheduler::ExpertsOf(int64_t token) const {
 
 void Scheduler::CountExperts() {
   for (const int32_t id : runner_.last_experts().ids) {
-    ++(id >= 0 ? counts_.experts_used : counts_.experts_skipped);
+    ++(IsSkipped(id) ? counts_.experts_skipped : counts_.experts_used);
   }
 }
 

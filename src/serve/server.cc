@@ -12,6 +12,7 @@
 #include <mutex>
 #include <set>
 
+#include "serve/body_budget.h"
 #include "serve/http_connection.h"
 #include "serve/page.h"
 
@@ -164,6 +165,7 @@ struct Server::State {
       : options(std::move(given)),
         service(api),
         metrics(counted),
+        body_budget(BodyMemoryBytes(options.max_body_bytes)),
         http({.head_time = options.head_time,
               .body_time = options.body_time,
               .write_time = options.write_time,
@@ -173,6 +175,7 @@ struct Server::State {
   ServerOptions options;
   ApiService& service;
   Metrics& metrics;
+  BodyBudget body_budget;
   GuardedServer http;
 
   std::optional<ApiError> Check(const Request& request) const;
@@ -181,8 +184,8 @@ struct Server::State {
   void AddRoutes();
   using JsonHandler = std::function<OrderedJson(const std::string& body)>;
   void AddPost(const std::string& path,
-               std::function<void(const Request&, Response&, const std::string&)> handler);
-  std::string ReadBody(const httplib::ContentReader& reader) const;
+               std::function<void(const Request&, Response&, HeldBody&)> handler);
+  void ReadBody(const httplib::ContentReader& reader, HeldBody& body) const;
   void Guard(Response& response, const std::function<void()>& work) const;
   void Answer(const Request& request, Response& response, ApiService::Job job) const;
   static void AnswerWhole(const Request& request, Response& response, ApiService::Job& job);
@@ -250,20 +253,27 @@ void Server::State::AddCors(const Request& request, Response& response) const {
   response.set_header("Access-Control-Max-Age", "600");
 }
 
-std::string Server::State::ReadBody(const httplib::ContentReader& reader) const {
-  std::string body;
-  bool too_large = false;
+void Server::State::ReadBody(const httplib::ContentReader& reader, HeldBody& body) const {
+  size_t read_bytes = 0;
+  bool too_large = false, no_room = false;
   const bool complete = reader([&](const char* data, size_t size) {
-    too_large = size > options.max_body_bytes - body.size();
-    if (!too_large) body.append(data, size);
-    return !too_large;
+    too_large = size > options.max_body_bytes - read_bytes;
+    read_bytes += size;
+    // What there is no room for is read to its end all the same: the next request is behind it.
+    if (no_room || too_large) return !too_large;
+    no_room = !body.Append({data, size});
+    if (no_room) body.Release();
+    return true;
   });
   if (too_large) {
     throw ApiError(413, "body_too_large",
                    fmt::format("the body may have {} bytes at most", options.max_body_bytes));
   }
   if (!complete) throw ApiError(400, "incomplete_body", "the request's body did not arrive whole");
-  return body;
+  if (no_room) {
+    throw ApiError(503, "too_many_bodies",
+                   "the bodies of other requests take all memory there is for bodies; try again");
+  }
 }
 
 // Nothing a handler throws may reach the library.
@@ -331,13 +341,13 @@ void Server::State::Answer(const Request& request, Response& response, ApiServic
   }
 }
 
-void Server::State::AddPost(
-    const std::string& path,
-    std::function<void(const Request&, Response&, const std::string&)> handler) {
+void Server::State::AddPost(const std::string& path,
+                            std::function<void(const Request&, Response&, HeldBody&)> handler) {
   http.Post(path, [this, handler = std::move(handler)](const Request& request, Response& response,
                                                        const httplib::ContentReader& reader) {
     Guard(response, [&] {
-      const std::string body = ReadBody(reader);
+      HeldBody body(body_budget);
+      ReadBody(reader, body);
       response.status = 200;
       handler(request, response, body);
     });
@@ -392,18 +402,21 @@ void Server::State::AddRoutes() {
   http.Get("/metrics", [this](const Request&, Response& r) {
     Guard(r, [&] { r.set_content(metrics.Text(), "text/plain; version=0.0.4; charset=utf-8"); });
   });
-  AddPost("/v1/completions", [this](const Request& request, Response& r, const std::string& body) {
-    Answer(request, r, service.StartCompletion(body));
+  AddPost("/v1/completions", [this](const Request& request, Response& r, HeldBody& body) {
+    ApiService::Job job = service.StartCompletion(body.text());
+    body.Release();  // an answer may take long
+    Answer(request, r, std::move(job));
   });
-  AddPost("/v1/chat/completions",
-          [this](const Request& request, Response& r, const std::string& body) {
-            Answer(request, r, service.StartChat(body));
-          });
-  AddPost("/tokenize", [this](const Request&, Response& r, const std::string& body) {
-    SetJson(r, service.Tokenize(body));
+  AddPost("/v1/chat/completions", [this](const Request& request, Response& r, HeldBody& body) {
+    ApiService::Job job = service.StartChat(body.text());
+    body.Release();
+    Answer(request, r, std::move(job));
   });
-  AddPost("/detokenize", [this](const Request&, Response& r, const std::string& body) {
-    SetJson(r, service.Detokenize(body));
+  AddPost("/tokenize", [this](const Request&, Response& r, HeldBody& body) {
+    SetJson(r, service.Tokenize(body.text()));
+  });
+  AddPost("/detokenize", [this](const Request&, Response& r, HeldBody& body) {
+    SetJson(r, service.Detokenize(body.text()));
   });
 }
 

@@ -19,6 +19,7 @@ struct ServerOptions {
   int port = 8080;               // 0: any that is free
   std::string api_key = {};      // empty: none is asked for
   std::string cors_origin = {};  // empty: no other site's page may call; "*": any
+  // Also what all bodies share: BodyMemoryBytes of it is held at once (body_budget.h), then 503.
   size_t max_body_bytes = size_t{16} << 20;
   int max_connections = 128;  // each holds a thread; those beyond are told 503
   // Bounds of slow clients, see ConnectionLimits.

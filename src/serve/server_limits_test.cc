@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "serve/body_budget.h"
 #include "serve/server_test_support.h"
 
 namespace winnow {
@@ -45,6 +46,19 @@ class RawClient {
   int socket_;
 };
 
+// A model that waits until the test lets it go on.
+struct Gate {
+  std::atomic<bool> open{false}, reached{false};
+  FakeRunner::Options Runner(int64_t slots = 1) {
+    FakeRunner::Options options = SampleRunner(slots, 128);
+    options.before_call = [this] {
+      reached = true;
+      while (!open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    };
+    return options;
+  }
+};
+
 TEST(Server, ErrorsHaveOneForm) {
   Running running({.max_body_bytes = 1000});
   auto client = running.Client();
@@ -84,6 +98,63 @@ TEST(Server, ErrorsHaveOneForm) {
   check(packing.Post("/v1/completions", std::string(100'000, ' '), kJson), 413, "body_too_large");
   httplib::MultipartFormDataItems form = {{"prompt", "a", "", ""}};
   check(client.Post("/v1/completions", form), 400, "invalid_header");
+}
+
+// A client that sends most of a body and waits holds its memory; others are told to try again until
+// it goes on.
+TEST(Server, BodiesHaveABudgetTogether) {
+  Running running({.max_body_bytes = 1000});
+  const std::string head = "POST /tokenize HTTP/1.1\r\nConnection: close\r\nContent-Length: ";
+  RawClient slow(running.port());
+  slow.Send(head + "1000\r\n\r\n" + std::string(900, ' '));
+  auto client = running.Client();
+  const std::string body = R"({"content": ")" + std::string(200, 'a') + R"("})";
+  auto refused = client.Post("/tokenize", body, kJson);
+  while (refused && refused->status == 200) {  // until the server has read the 900 bytes
+    refused = client.Post("/tokenize", body, kJson);
+  }
+  ASSERT_TRUE(refused);
+  EXPECT_EQ(refused->status, 503);
+  EXPECT_EQ(OrderedJson::parse(refused->body)["error"]["code"], "too_many_bodies");
+  EXPECT_EQ(refused->get_header_value("Retry-After"), "1");
+  // What is small still fits, on the same connection.
+  EXPECT_EQ(client.Post("/tokenize", R"({"content": "a"})", kJson)->status, 200);
+  slow.Send(R"({"content": "a"})" + std::string(84, ' '));
+  EXPECT_TRUE(slow.ReadAll().starts_with("HTTP/1.1 200"));
+  EXPECT_EQ(client.Post("/tokenize", body, kJson)->status, 200);
+  // An answer that takes long does not hold its body.
+  Gate gate;
+  Running waiting({.max_body_bytes = 1000}, gate.Runner());
+  std::thread first([&] {
+    Post(waiting, "/v1/completions",
+         R"({"prompt": "Hello", "max_tokens": 1})" + std::string(900, ' '));
+  });
+  while (!gate.reached) std::this_thread::yield();
+  EXPECT_EQ(waiting.Client().Post("/tokenize", body, kJson)->status, 200);
+  gate.open = true;
+  first.join();
+}
+
+TEST(BodyBudget, CountsWhatABodyMayBecome) {
+  EXPECT_EQ(BodyMemoryBytes(0), 0u);
+  EXPECT_EQ(BodyMemoryBytes(1000), 36'000u);
+  EXPECT_EQ(BodyMemoryBytes(size_t{16} << 20), (uint64_t{4 * 16 + 120}) << 20);
+  EXPECT_EQ(LargestBodyWithin(36'000, 5000), 1000u);
+  EXPECT_EQ(LargestBodyWithin(35'999, 5000), 999u);
+  EXPECT_EQ(LargestBodyWithin(UINT64_MAX, 5000), 5000u);
+  EXPECT_EQ(LargestBodyWithin(0, 5000), 0u);
+  BodyBudget budget(BodyMemoryBytes(1000));
+  HeldBody a(budget);
+  EXPECT_TRUE(a.Append(std::string(600, 'a')));
+  {
+    HeldBody b(budget);
+    EXPECT_TRUE(b.Append(std::string(400, 'b')));
+    EXPECT_FALSE(b.Append("b"));
+    EXPECT_EQ(b.text().size(), 400u);
+  }
+  EXPECT_TRUE(a.Append(std::string(400, 'a')));
+  a.Release();
+  EXPECT_TRUE(budget.Take(BodyMemoryBytes(1000)));
 }
 
 TEST(Server, AsksForTheKey) {
@@ -145,19 +216,6 @@ TEST(Server, RangesAreIgnored) {
   const auto result = running.Client().Get("/", {{"Range", "bytes=0-1,2-3,4-5"}});
   EXPECT_EQ(result->status, 200);
 }
-
-// A model that waits until the test lets it go on.
-struct Gate {
-  std::atomic<bool> open{false}, reached{false};
-  FakeRunner::Options Runner(int64_t slots = 1) {
-    FakeRunner::Options options = SampleRunner(slots, 128);
-    options.before_call = [this] {
-      reached = true;
-      while (!open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    };
-    return options;
-  }
-};
 
 TEST(Server, AFullQueueIsA429AndHealthStillAnswers) {
   Gate gate;

@@ -221,18 +221,27 @@ TEST(Server, ReportsExperts) {
   const std::vector<OrderedJson> chunks = Stream(
       running, "/v1/completions",
       R"({"prompt": "Hello", "max_tokens": 6, "stream": true, "winnow": {"experts": true}})");
-  size_t tokens = 0;
+  size_t tokens = 0, skipped = 0;
   for (const OrderedJson& chunk : chunks) {
     const OrderedJson& report = chunk["choices"][0]["winnow"];
     for (size_t i = 0; i < report["experts"].size(); ++i, ++tokens) {
       ASSERT_EQ(report["experts"][i].size(), 2u);  // layers
+      int first = 0;
       for (size_t layer = 0; layer < 2; ++layer) {
-        EXPECT_EQ(report["experts"][i][layer].size() + report["skipped"][i][layer].get<size_t>(),
-                  2u);
+        std::vector<int> selected = report["experts"][i][layer];
+        const std::vector<int> left_out = report["skipped"][i][layer];
+        skipped += left_out.size();
+        selected.insert(selected.end(), left_out.begin(), left_out.end());
+        // Used and skipped together are what the fake's router selects: two neighbours.
+        ASSERT_EQ(selected.size(), 2u);
+        EXPECT_EQ(selected[1], (selected[0] + 1) % 8);
+        if (layer == 0) first = selected[0];
+        EXPECT_EQ(selected[0], (first + static_cast<int>(layer)) % 8);
       }
     }
   }
   EXPECT_EQ(tokens, 6u);
+  EXPECT_GT(skipped, 0u);
 }
 
 }  // namespace
