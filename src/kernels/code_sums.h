@@ -26,11 +26,16 @@ void SumCodes(const float* x, const float* weight, int64_t n, float low, float h
 void SumCodesReference(const float* x, const float* weight, int64_t n, float low, float high,
                        std::span<const CodeCandidate> candidates, CodeSums* sums);
 
-// The same where q is the nearest of `levels`, ascending, 2 to 16 whole numbers.
-void SumLevels(const float* x, const float* weight, int64_t n, std::span<const float> levels,
-               std::span<const CodeCandidate> candidates, CodeSums* sums);
-void SumLevelsReference(const float* x, const float* weight, int64_t n,
-                        std::span<const float> levels, std::span<const CodeCandidate> candidates,
-                        CodeSums* sums);
+// What a code may stand for: whole numbers from low to high, or `levels`, ascending, 2 to 16 of
+// them.
+struct CodeGrid {
+  float low = 0, high = 0;
+  std::span<const float> levels;
+};
+// rr alone, q the nearest of the grid: for searches among what can be stored.
+void SumErrors(const float* x, const float* weight, int64_t n, const CodeGrid& grid,
+               std::span<const CodeCandidate> candidates, float* errors);
+void SumErrorsReference(const float* x, const float* weight, int64_t n, const CodeGrid& grid,
+                        std::span<const CodeCandidate> candidates, float* errors);
 
 }  // namespace winnow

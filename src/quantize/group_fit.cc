@@ -108,14 +108,6 @@ GroupScale GroupFitter::Decoded(uint16_t scale_bits, uint16_t minimum_bits) cons
   return {scale_bits, minimum_bits, values.scale, values.minimum};
 }
 
-void GroupFitter::Sum(std::span<const CodeCandidate> candidates, CodeSums* sums) const {
-  if (levels_.empty()) {
-    SumCodes(x_.data(), weight_.data(), padded_, low_, high_, candidates, sums);
-  } else {
-    SumLevels(x_.data(), weight_.data(), padded_, levels_, candidates, sums);
-  }
-}
-
 // Without shift; with kAsymmetric the minimum beside the scale.
 GroupScale GroupFitter::Stored(float scale, float minimum) const {
   const float half = scale / ScaleFactor(format_);
@@ -196,7 +188,7 @@ double GroupFitter::Refine(float scale, float minimum, GroupScale* best, double 
     if (!std::isfinite(inverse)) return best_error;
     const CodeCandidate candidate = {inverse, -stored.minimum * inverse};
     CodeSums sums;
-    Sum({&candidate, 1}, &sums);
+    SumCodes(x_.data(), weight_.data(), padded_, low_, high_, {&candidate, 1}, &sums);
     const auto step = static_cast<double>(stored.scale);
     const double error = static_cast<double>(sums.rr) * step * step;
     if (!(error < previous)) return best_error;
@@ -225,7 +217,7 @@ double GroupFitter::Refine(float scale, float minimum, GroupScale* best, double 
 
 GroupScale GroupFitter::SearchCandidates() {
   sums_.resize(candidates_.size());
-  Sum(candidates_, sums_.data());
+  SumCodes(x_.data(), weight_.data(), padded_, low_, high_, candidates_, sums_.data());
   // The errors with the best scale for a candidate's codes; the few best are refined.
   std::array<std::pair<double, size_t>, kRefined> first;
   first.fill({std::numeric_limits<double>::infinity(), 0});
@@ -304,20 +296,17 @@ GroupScale GroupFitter::FitShifted() {
   };
   const int smallest = code_of(search.to), largest = code_of(search.from);
   for (int code = smallest; code <= largest; code += search.scale_step) {
-    for (int shift = 0; shift <= kShiftMask; shift += search.shift_step) {
-      AddShifted(code, shift);
-      // A curved grid is not its own mirror image.
-      if (!levels_.empty()) AddShifted(code | kNegativeScale, shift);
-    }
+    AddShifts(code, 0, kShiftMask, search.shift_step);
+    // A curved grid is not its own mirror image.
+    if (!levels_.empty()) AddShifts(code | kNegativeScale, 0, kShiftMask, search.shift_step);
   }
   TryShifted(&best, &best_error);
   constexpr int kRounds = 4, kReach = 2;
   for (int round = 0; round < kRounds; ++round) {
     const uint16_t bits = best.scale_bits;
+    const int shift = bits & kShiftMask;
     for (int code = -kReach; code <= kReach; ++code) {
-      for (int shift = -kReach; shift <= kReach; ++shift) {
-        AddShifted((bits >> kShiftBits) + code, (bits & kShiftMask) + shift);
-      }
+      AddShifts((bits >> kShiftBits) + code, shift - kReach, shift + kReach, 1);
     }
     TryShifted(&best, &best_error);
     if (best.scale_bits == bits) break;
@@ -325,26 +314,29 @@ GroupScale GroupFitter::FitShifted() {
   return best;
 }
 
-// Nothing if there is no such scale or shift.
-void GroupFitter::AddShifted(int scale_code, int shift) {
-  if (shift < 0 || shift > kShiftMask) return;
+// Candidates of one scale, as far as there are such a scale and shifts.
+void GroupFitter::AddShifts(int scale_code, int first, int last, int step) {
   const int magnitude = scale_code & (kNegativeScale - 1);
   if (scale_code < 0 || magnitude == 0 || magnitude > kLargestScaleCode) return;
-  const auto bits = static_cast<uint16_t>(scale_code << kShiftBits | shift);
-  const GroupScale group = Decoded(bits, 0);
-  const size_t before = candidates_.size();
-  AddCandidate(group.scale, group.minimum);
-  if (candidates_.size() > before) candidate_bits_.push_back(bits);
+  const auto scale_bits = static_cast<uint16_t>(scale_code << kShiftBits);
+  const float inverse = 1 / Decoded(scale_bits, 0).scale;
+  if (!std::isfinite(inverse)) return;
+  const float unit = ShiftStep(format_);
+  for (int shift = std::max(first, 0); shift <= std::min<int>(last, kShiftMask); shift += step) {
+    candidates_.push_back({inverse, -static_cast<float>(shift - kShiftZero) * unit});
+    candidate_bits_.push_back(static_cast<uint16_t>(scale_bits | shift));
+  }
 }
 
 // Takes the best of the candidates if it is better, and forgets them all.
 void GroupFitter::TryShifted(GroupScale* best, double* best_error) {
-  sums_.resize(candidates_.size());
-  Sum(candidates_, sums_.data());
+  errors_.resize(candidates_.size());
+  SumErrors(x_.data(), weight_.data(), padded_, {.low = low_, .high = high_, .levels = levels_},
+            candidates_, errors_.data());
   size_t found = candidates_.size();
   for (size_t i = 0; i < candidates_.size(); ++i) {
     const auto inverse = static_cast<double>(candidates_[i].inverse_scale);
-    const double error = static_cast<double>(sums_[i].rr) / (inverse * inverse);
+    const double error = static_cast<double>(errors_[i]) / (inverse * inverse);
     if (!(error < *best_error)) continue;
     *best_error = error;
     found = i;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "base/packed_format.h"  // PackedFormat, PackedGrid
@@ -38,11 +37,10 @@ class GroupFitter {
   GroupScale FitLogarithmic();
   GroupScale FitShifted();
   void TryShifted(GroupScale* best, double* best_error);
-  void AddShifted(int scale_code, int shift);
+  void AddShifts(int scale_code, int first, int last, int step);
   double Refine(float scale, float minimum, GroupScale* best, double best_error);
   GroupScale SearchCandidates();
   void AddCandidate(float scale, float minimum);
-  void Sum(std::span<const CodeCandidate> candidates, CodeSums* sums) const;
   GroupScale Stored(float scale, float minimum) const;
   GroupScale Decoded(uint16_t scale_bits, uint16_t minimum_bits) const;
 
@@ -59,6 +57,7 @@ class GroupFitter {
   std::vector<CodeCandidate> candidates_;
   std::vector<uint16_t> candidate_bits_;  // HasShift: the scale of each
   std::vector<CodeSums> sums_;
+  std::vector<float> errors_;
 };
 
 }  // namespace winnow
