@@ -24,8 +24,9 @@ import llama_cpp_model as llama  # noqa: E402
 KINDS = {"bf16": "bf16", "8bit": "q8_0", "4bit": "q4_0"}  # 16, 8.5 and 4.5 bits a weight on both sides
 # Nats, mean KL divergence of llama.cpp's predictions from winnow's, in bf16: products differ in rounding alone, which may choose other experts.
 SAME_MODEL = 0.01
-# At fewer bits each rounds its own way; both must stay near winnow's bf16, neither this many times as far as the other. Against mistakes.
-SIMILAR_ERRORS = 4
+# At fewer bits each rounds its own way; both must stay near winnow's bf16, neither this many times as far as the other. Against mistakes,
+# such as another model; a better grid has a quarter of the other's divergence.
+SIMILAR_ERRORS = 10
 BUSY = 0.1  # share of the CPUs that others use, before a round, above which the figures are called provisional
 LOOK_SECONDS = 2
 
