@@ -1,6 +1,7 @@
 // Number formats, sizes, strict JSON, files and the thread pool.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -100,6 +101,22 @@ TEST(ThreadPool, RunsEveryTaskOnceAndRethrows) {
     pool.Run(1, [&](int64_t, int) { ++after; });
     EXPECT_EQ(after, 1);
   }
+}
+
+// Loops of a few tasks, as of a decoded token: most are over before every worker came, and what it
+// missed must not run twice or with the next loop's body. More threads than cores, so that some are
+// late.
+TEST(ThreadPool, LateWorkersMissALoopButNoTask) {
+  ThreadPool pool(8);
+  int64_t sum = 0, expected = 0;
+  std::array<int64_t, 5> done{};
+  for (int64_t round = 0; round < 3000; ++round) {
+    const int64_t tasks = 2 + round % 4;
+    pool.Run(tasks, [&, round](int64_t task, int) { done[static_cast<size_t>(task)] = round + 1; });
+    for (int64_t task = 0; task < tasks; ++task) sum += done[static_cast<size_t>(task)];
+    expected += tasks * (round + 1);
+  }
+  EXPECT_EQ(sum, expected);
 }
 
 }  // namespace
