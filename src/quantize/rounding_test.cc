@@ -155,9 +155,8 @@ double BruteForce(const PackedFormat& format, const float* x, int64_t count) {
   if (HasShift(format)) {  // all there are
     for (int bits = 0; bits < 1 << 16; ++bits) {
       const GroupValues group = DecodeGroup(format, static_cast<uint16_t>(bits), 0);
-      const float share = group.scale *
-                          (format.grid == PackedGrid::kCurved ? 128 : 1 << (format.bits - 1)) /
-                          magnitude;
+      const int half = format.grid == PackedGrid::kCurved ? 128 : 1 << (format.bits - 1);
+      const float share = group.scale * static_cast<float>(half) / magnitude;
       if (!(std::abs(share) > 0.3f && std::abs(share) < 3)) continue;
       if (format.grid == PackedGrid::kShifted && share < 0) continue;
       attempt(group.scale, group.minimum);
