@@ -110,6 +110,7 @@ int RunText(Session& session, const RunFlags& flags, const Model& model) {
     return 0;
   }
   std::fputc('\n', stdout);
+  std::fflush(stdout);  // before what stderr says
   session.Note(DescribeSpeed(prompt.size(), result, flags.stats));
   if (result.skipping) session.Note(DescribeSkipping(model, *result.skipping));
   return 0;

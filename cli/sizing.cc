@@ -149,9 +149,7 @@ class Sizing {
     intact_ = Judge(model_);
     candidates_ = PredictCandidates(session_, model_, gathering_.info, request_, fitting_);
     std::span<SizeCandidate> others = candidates_;
-    const bool bits_alone =
-        request_.means.bits && others.front().experts_left == gathering_.info.num_experts();
-    if (bits_alone) {
+    if (KeepsAllExperts(others.front())) {
       TryToMake(others.front());
       others = others.subspan(1);
     }
@@ -281,6 +279,11 @@ class Sizing {
     return text;
   }
 
+  // Bits alone make it smaller then: without bits no candidate is so.
+  bool KeepsAllExperts(const SizeCandidate& candidate) const {
+    return candidate.experts_left == gathering_.info.num_experts();
+  }
+
   PerplexityResult Judge(const Model& model) {
     return Evaluate(session_, model, judge_, {.skip_betas = SkippingOf(model, "", false)},
                     work_.string())
@@ -291,7 +294,7 @@ class Sizing {
   Made Make(const SizeCandidate& candidate) {
     Made made;
     made.folder = work_ / fmt::format("candidate-{}", made_);
-    if (candidate.experts_left == gathering_.info.num_experts()) {
+    if (KeepsAllExperts(candidate)) {
       Quantize(model_, made);
     } else if (!request_.means.bits) {
       Remove(candidate, made.folder, made);
@@ -365,7 +368,7 @@ class Sizing {
                         {"nll_difference", lost.nll}};
     if (lost.standard_error) json["standard_error"] = *lost.standard_error;
     measured_.push_back(json);
-    if (candidate.experts_left == gathering_.info.num_experts() && candidate.bits_cost > 0) {
+    if (KeepsAllExperts(candidate) && candidate.bits_cost > 0) {
       rounding_share_ = std::clamp(lost.nll / candidate.bits_cost, kLeastRoundingShare, 1.0);
     }
     const bool better = !best_ || made.judged.nll < best_->judged.nll;

@@ -93,8 +93,9 @@ def write_source(args, folder):
 def ours(args, source, name, tmp):
     folder = os.path.join(tmp, name)
     # Bits alone are the even grid in config.json, and the best one for the command.
-    linear = [] if "curve" in name or "shift" in name or "asym" in name else ["--grid", "linear"]
-    llama.run(args.winnow, "quantize", source, "--experts", name.split("-g")[0] if linear else name, *linear, "-o", folder, "-q")
+    bits, group, asymmetric, shifted = parse_format(name)
+    flags = [name] if asymmetric or shifted else [f"{bits}bit", "--grid", "linear", "--group", group]
+    llama.run(args.winnow, "quantize", source, "--experts", *flags, "-o", folder, "-q")
     checkpoint = llama.Checkpoint(folder)
     tensor = next(tensor for tensor in checkpoint.entries if ".experts.0." in tensor and checkpoint.dtype(tensor) == "U8")
     data = checkpoint.bytes(tensor)

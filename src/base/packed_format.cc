@@ -79,15 +79,6 @@ int64_t HalfOffset(const PackedFormat& format, int64_t cols, int64_t row, int64_
   return ((part * groups + group) * kPackedRows + row) * 2;
 }
 
-// Of a row's group in its block.
-GroupValues LoadGroup(const PackedFormat& format, int64_t cols, int64_t row, int64_t group,
-                      const std::byte* block) {
-  const uint16_t minimum = format.grid == PackedGrid::kAsymmetric
-                               ? LoadHalf(block + HalfOffset(format, cols, row, group, 1))
-                               : uint16_t{0};
-  return DecodeGroup(format, LoadHalf(block + HalfOffset(format, cols, row, group, 0)), minimum);
-}
-
 int64_t ChunkOffset(const PackedFormat& format, int64_t cols, int64_t col) {
   return static_cast<int64_t>(PackedCodesOffset(format, cols)) +
          col / kPackedChunkColumns * 64 * format.bits;
@@ -196,6 +187,14 @@ GroupValues DecodeGroup(const PackedFormat& format, uint16_t scale_bits, uint16_
   return {scale, shift * ShiftStep(format) * scale};
 }
 
+GroupValues LoadPackedGroup(const PackedFormat& format, int64_t cols, int64_t lane, int64_t group,
+                            const std::byte* block) {
+  const uint16_t minimum = format.grid == PackedGrid::kAsymmetric
+                               ? LoadHalf(block + HalfOffset(format, cols, lane, group, 1))
+                               : uint16_t{0};
+  return DecodeGroup(format, LoadHalf(block + HalfOffset(format, cols, lane, group, 0)), minimum);
+}
+
 void StorePackedRow(const PackedFormat& format, int64_t cols, int64_t row, const PackedRow& values,
                     std::byte* bytes) {
   std::byte* block =
@@ -239,7 +238,8 @@ float LoadPackedValue(const PackedFormat& format, int64_t cols, int64_t row, int
       bytes + static_cast<uint64_t>(row / kPackedRows) * PackedBlockBytes(format, cols);
   const int64_t group = col / format.group_columns, lane = row % kPackedRows;
   const int code = LoadPackedCode(format, cols, row, col, bytes);
-  return ValueOf(format, GridLevels(format), code, LoadGroup(format, cols, lane, group, block));
+  return ValueOf(format, GridLevels(format), code,
+                 LoadPackedGroup(format, cols, lane, group, block));
 }
 
 void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* block, float* values) {
@@ -250,7 +250,7 @@ void UnpackBlock(const PackedFormat& format, int64_t cols, const std::byte* bloc
     const int64_t group = first / format.group_columns;  // groups are whole chunks
     const int64_t end = std::min(cols, first + kPackedChunkColumns);
     for (int64_t row = 0; row < kPackedRows; ++row) {
-      const GroupValues shared = LoadGroup(format, cols, row, group, block);
+      const GroupValues shared = LoadPackedGroup(format, cols, row, group, block);
       for (int64_t col = first; col < end; ++col) {
         const int64_t at = (col - first) / 4 * 64 + row * 4 + col % 4;
         values[row * cols + col] = ValueOf(format, grid, codes[static_cast<size_t>(at)], shared);

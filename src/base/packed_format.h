@@ -3,9 +3,9 @@
 // written by quantize/, read by kernels/. docs/FORMATS.md has the layout for other readers.
 //
 // The matrix [rows, cols] is cut into blocks of 16 rows, each one run of bytes, 64-aligned:
-//   scales   [groups][16] f16 (kShifted, kCurved: scale and shift, below), then with kAsymmetric
-//   minima [groups][16] f16; zeros up to 64 bytes codes    chunks of 32 columns; a chunk has 64 *
-//   bits bytes: its planes one after the other
+//   scales   [groups][16] f16 (with HasShift scale and shift in those 16 bits), then with
+//            kAsymmetric minima [groups][16] f16; zeros up to 64 bytes
+//   codes    chunks of 32 columns; a chunk has 64 * bits bytes: its planes one after the other
 // A chunk's 512 codes are 8 vectors of 64 bytes, vector v = columns 4v..4v+3 of all rows, [16][4].
 // A plane of p bits (p = 8, 4, 2, 1) holds p bits of every code in p vectors of 64 bytes: vector j
 // has those of v = j + p * s in its bits p * s..p * s + p - 1, s < 8 / p. Codes are cut from their
@@ -82,6 +82,9 @@ struct GroupValues {
   float scale = 0, minimum = 0;
 };
 GroupValues DecodeGroup(const PackedFormat& format, uint16_t scale_bits, uint16_t minimum_bits);
+// The same of a group of columns in row `lane` (of 16) of a block.
+GroupValues LoadPackedGroup(const PackedFormat& format, int64_t cols, int64_t lane, int64_t group,
+                            const std::byte* block);
 // What is taken from a code that stands for itself.
 inline int32_t PackedZero(const PackedFormat& format) {
   return format.grid == PackedGrid::kAsymmetric || HasLevels(format) ? 0 : 1 << (format.bits - 1);

@@ -46,13 +46,8 @@ void PackedDot(const PackedDotTask& task) {
           std::memcpy(&q, task.digits + at * kStride + 2 * place, 2);
           sum += level * q;
         }
-        const int64_t half = chunk / layout.chunks_per_group * kPackedRows + row % kPackedRows;
-        uint16_t bits[2] = {};  // scale, minimum
-        std::memcpy(&bits[0], block + half * 2, 2);
-        if (layout.with_minima && !layout.shifted) {
-          std::memcpy(&bits[1], block + (layout.groups * kPackedRows + half) * 2, 2);
-        }
-        const GroupValues group = DecodeGroup(w.packed, bits[0], bits[1]);
+        const GroupValues group = LoadPackedGroup(w.packed, w.cols, row % kPackedRows,
+                                                  chunk / layout.chunks_per_group, block);
         y += static_cast<float>(sum) * (group.scale * task.scales[at]);
         if (layout.with_minima) {
           y += group.minimum * task.scales[at] * static_cast<float>(task.sums[at]);

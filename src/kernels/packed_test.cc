@@ -174,7 +174,9 @@ TEST_P(PackedTest, MomentsAreThoseOfTheValues) {
     AccumulateMoments(w.view(), &absolute, &square);
     AccumulateMomentsReference(w.view(), &want_absolute, &want_square);
     EXPECT_NEAR(absolute, want_absolute, 1e-12 * want_absolute) << format;  // in another order
-    EXPECT_NEAR(square, want_square, kUnit * want_square) << format;        // squares are f32
+    // Squares are f32: exact for values of few bits, which a shift adds to.
+    const double rounding = HasShift(w.view().packed) ? double{kUnit} : 1e-12;
+    EXPECT_NEAR(square, want_square, rounding * want_square) << format;
   }
 }
 

@@ -75,7 +75,7 @@ class SectionReader {
           fmt::format("{}: {}: version {} of the packed format is not supported, only {} is",
                       where_, kSection, version == section_.end() ? "(none)" : Shown(*version),
                       kVersion),
-          "a newer winnow may have written it");
+          "another version of winnow wrote it: use that one, or quantise the original again");
     }
   }
 

@@ -82,17 +82,15 @@ GroupFitter::GroupFitter(const PackedFormat& format) : format_(format) {
   weight_.resize(size);
   switch (format.grid) {
     case PackedGrid::kSymmetric:
+      positions_ = SymmetricPositions(format.bits);
+      [[fallthrough]];
+    case PackedGrid::kShifted:
       high_ = static_cast<float>((1 << (format.bits - 1)) - 1);
       low_ = -high_ - 1;
-      positions_ = SymmetricPositions(format.bits);
       break;
     case PackedGrid::kAsymmetric:
       high_ = static_cast<float>((1 << format.bits) - 1);
       clips_ = AsymmetricClips(format.bits);
-      break;
-    case PackedGrid::kShifted:
-      high_ = static_cast<float>((1 << (format.bits - 1)) - 1);
-      low_ = -high_ - 1;
       break;
     case PackedGrid::kLogarithmic:
     case PackedGrid::kCurved: {

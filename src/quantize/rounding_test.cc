@@ -190,8 +190,8 @@ TEST(RoundPlain, FindsWhatAFineSearchFinds) {
       best += least;
     }
     // A mesh a hundred times finer finds better local minima in some groups; in sum they are
-    // little. Least squares may also beat the mesh. Of shifted grids the search sees a quarter of
-    // what there is: 1.2 % (2 bits), 1.5 % (4) and 4.8 % (6) of the square are left.
+    // little. Least squares may also beat the mesh. Of shifted grids the search sees a quarter or
+    // less of what there is: 1.2 % (2 bits), 1.5 % (4) and 4.8 % (6) of the square are left.
     EXPECT_LE(found, (HasShift(format) ? 1.06 : 1.015) * best) << name;
   }
 }
