@@ -16,59 +16,112 @@ namespace HWY_NAMESPACE {
 // Rows of c a register tile holds; its columns are kVectors vectors.
 inline constexpr int64_t kRowsOfTile = 4;
 inline constexpr int64_t kVectors = 3;
+// Of the inner dimension at a time: so much of b's columns stays in the first cache.
+inline constexpr int64_t kInnerOfTile = 128;
+inline constexpr int64_t kRowsAtMost = 64;  // of c
 
-// One tile: c[rows, kVectors vectors] -= a b, with a [rows, k] by strides and b [k, ...] by rows.
-template <int64_t kRows>
-HWY_INLINE void SubtractTile(double* c, int64_t ld_c, const double* a, int64_t row_a, int64_t col_a,
-                             const double* b, int64_t ld_b, int64_t k) {
+// A part of a product's left side: element (row, inner) is at row * row_stride + inner *
+// inner_stride.
+struct LeftPart {
+  const double* data = nullptr;
+  int64_t row_stride = 0, inner_stride = 0;
+};
+
+// One tile: c[kRows, kWidth vectors] -= a b, with b [inner, kWidth vectors] contiguous.
+template <int64_t kRows, int64_t kWidth>
+HWY_INLINE void SubtractTile(double* c, int64_t ld_c, LeftPart a, const double* b, int64_t inner) {
   const DD d;
   constexpr auto kStep = static_cast<int64_t>(kDoubleLanes);
-  hn::Vec<DD> sum[kRows * kVectors];
+  hn::Vec<DD> sum[kRows * kWidth];
   for (auto& s : sum) s = hn::Zero(d);
-  for (int64_t i = 0; i < k; ++i) {
-    const hn::Vec<DD> right[kVectors] = {hn::LoadU(d, b), hn::LoadU(d, b + kStep),
-                                         hn::LoadU(d, b + 2 * kStep)};
+  for (int64_t i = 0; i < inner; ++i) {
+    hn::Vec<DD> right[kWidth];
+    for (int64_t v = 0; v < kWidth; ++v) right[v] = hn::LoadU(d, b + v * kStep);
     HWY_UNROLL(4)
     for (int64_t r = 0; r < kRows; ++r) {
-      const auto left = hn::Set(d, a[r * row_a]);
+      const auto left = hn::Set(d, a.data[r * a.row_stride]);
       HWY_UNROLL(3)
-      for (int64_t v = 0; v < kVectors; ++v) {
-        sum[r * kVectors + v] = hn::MulAdd(left, right[v], sum[r * kVectors + v]);
+      for (int64_t v = 0; v < kWidth; ++v) {
+        sum[r * kWidth + v] = hn::MulAdd(left, right[v], sum[r * kWidth + v]);
       }
     }
-    a += col_a;
-    b += ld_b;
+    a.data += a.inner_stride;
+    b += kWidth * kStep;
   }
   for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) {
+    for (int64_t v = 0; v < kWidth; ++v) {
       double* to = c + r * ld_c + v * kStep;
-      hn::StoreU(hn::Sub(hn::LoadU(d, to), sum[r * kVectors + v]), d, to);
+      hn::StoreU(hn::Sub(hn::LoadU(d, to), sum[r * kWidth + v]), d, to);
     }
   }
 }
 
-// c [m, n] -= a [m, k] b [k, n]; every element is one sum in the order of k.
-void SubtractProduct(double* c, int64_t ld_c, const double* a, int64_t row_a, int64_t col_a,
-                     const double* b, int64_t ld_b, int64_t m, int64_t n, int64_t k) {
-  constexpr auto kColumns = kVectors * static_cast<int64_t>(kDoubleLanes);
-  int64_t j = 0;
-  for (; j + kColumns <= n; j += kColumns) {
-    int64_t i = 0;
-    for (; i + kRowsOfTile <= m; i += kRowsOfTile) {
-      SubtractTile<kRowsOfTile>(c + i * ld_c + j, ld_c, a + i * row_a, row_a, col_a, b + j, ld_b,
-                                k);
-    }
-    for (; i < m; ++i) {
-      SubtractTile<1>(c + i * ld_c + j, ld_c, a + i * row_a, row_a, col_a, b + j, ld_b, k);
+// c [rows, kWidth vectors] -= a b. Columns of b are gathered first: rows of a large matrix lie
+// whole pages apart, and all would fall into the same few lines of a cache.
+template <int64_t kWidth>
+HWY_INLINE void SubtractColumns(double* c, int64_t ld_c, const LeftPart& a, const double* b,
+                                int64_t ld_b, int64_t rows, int64_t inner) {
+  const DD d;
+  constexpr auto kStep = static_cast<int64_t>(kDoubleLanes);
+  HWY_ALIGN double columns[kInnerOfTile * kWidth * kStep];
+  for (int64_t i = 0; i < inner; ++i) {
+    for (int64_t v = 0; v < kWidth; ++v) {
+      hn::Store(hn::LoadU(d, b + i * ld_b + v * kStep), d, columns + (i * kWidth + v) * kStep);
     }
   }
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t rest = j; rest < n; ++rest) {
-      double sum = 0;
-      for (int64_t l = 0; l < k; ++l) {
-        sum = std::fma(a[i * row_a + l * col_a], b[l * ld_b + rest], sum);
+  int64_t row = 0;
+  const auto at = [&](int64_t first) {
+    return LeftPart{a.data + first * a.row_stride, a.row_stride, a.inner_stride};
+  };
+  for (; row + kRowsOfTile <= rows; row += kRowsOfTile) {
+    SubtractTile<kRowsOfTile, kWidth>(c + row * ld_c, ld_c, at(row), columns, inner);
+  }
+  for (; row < rows; ++row) SubtractTile<1, kWidth>(c + row * ld_c, ld_c, at(row), columns, inner);
+}
+
+// Gathers `part` [rows, inner], contiguous along the dimension in which it is so already: as with
+// columns of b, its rows may lie pages apart.
+inline LeftPart Gather(const LeftPart& part, int64_t rows, int64_t inner, double* to) {
+  const bool by_rows = part.inner_stride == 1;
+  const int64_t lines = by_rows ? rows : inner, length = by_rows ? inner : rows;
+  const int64_t stride = by_rows ? part.row_stride : part.inner_stride;
+  for (int64_t line = 0; line < lines; ++line) {
+    std::copy_n(part.data + line * stride, length, to + line * length);
+  }
+  return by_rows ? LeftPart{to, length, 1} : LeftPart{to, 1, length};
+}
+
+// c [m, n] -= a [m, k] b [k, n], with a by strides, one of which is 1, and b by rows; m is
+// kRowsAtMost at most. The sums of kInnerOfTile products each are taken off one after the other.
+void SubtractProduct(double* c, int64_t ld_c, const double* a, int64_t row_a, int64_t col_a,
+                     const double* b, int64_t ld_b, int64_t m, int64_t n, int64_t k) {
+  constexpr auto kStep = static_cast<int64_t>(kDoubleLanes);
+  HWY_ALIGN double gathered[kRowsAtMost * kInnerOfTile];
+  for (int64_t first = 0; first < k; first += kInnerOfTile) {
+    const int64_t inner = HWY_MIN(kInnerOfTile, k - first);
+    const LeftPart left = Gather({a + first * col_a, row_a, col_a}, m, inner, gathered);
+    const double* right = b + first * ld_b;
+    int64_t j = 0;
+    for (; j + kVectors * kStep <= n; j += kVectors * kStep) {
+      SubtractColumns<kVectors>(c + j, ld_c, left, right + j, ld_b, m, inner);
+    }
+    if (j + 2 * kStep <= n) {
+      SubtractColumns<2>(c + j, ld_c, left, right + j, ld_b, m, inner);
+      j += 2 * kStep;
+    }
+    if (j + kStep <= n) {
+      SubtractColumns<1>(c + j, ld_c, left, right + j, ld_b, m, inner);
+      j += kStep;
+    }
+    for (; j < n; ++j) {
+      for (int64_t i = 0; i < m; ++i) {
+        double sum = 0;
+        for (int64_t l = 0; l < inner; ++l) {
+          sum = std::fma(left.data[i * left.row_stride + l * left.inner_stride],
+                         right[l * ld_b + j], sum);
+        }
+        c[i * ld_c + j] -= sum;
       }
-      c[i * ld_c + rest] -= sum;
     }
   }
 }
@@ -83,7 +136,7 @@ namespace {
 
 HWY_EXPORT(SubtractProduct);
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = HWY_NAMESPACE::kRowsAtMost;
 
 int64_t NumBlocks(int64_t n) {
   return (n + kBlock - 1) / kBlock;
