@@ -60,7 +60,8 @@ class Weights {
 double LibraryRate(ComputePrecision precision, int threads, int rounds) {
   const int64_t rows = 512;
   double best = 0;
-  for (const auto& [n, k] : {std::pair{kFusedWidth, kHidden}, {kHidden, kFusedWidth}}) {
+  for (const auto& shape : {std::pair{kFusedWidth, kHidden}, {kHidden, kFusedWidth}}) {
+    const int64_t n = shape.first, k = shape.second;
     std::vector<float> x(static_cast<size_t>(rows * k), 0.5f), w(static_cast<size_t>(n * k), 0.25f),
         y(static_cast<size_t>(rows * n));
     const double flop =

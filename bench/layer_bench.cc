@@ -105,7 +105,8 @@ double LayerFlop(const Shape& s, bool all_experts) {
 double LibraryRate(const Shape& s, ComputePrecision precision, int threads, int rounds) {
   const int64_t rows = 512;
   double best = 0;
-  for (const auto& [n, k] : {std::pair{s.width, s.hidden}, {s.hidden, s.width}}) {
+  for (const auto& shape : {std::pair{s.width, s.hidden}, {s.hidden, s.width}}) {
+    const int64_t n = shape.first, k = shape.second;
     std::vector<float> x(static_cast<size_t>(rows * k), 0.5f), w(static_cast<size_t>(n * k), 0.25f),
         y(static_cast<size_t>(rows * n));
     const double flop =

@@ -98,7 +98,8 @@ void PrintChats(Session& session, const Tokenizer& tokenizer, const TokenizeFlag
 
 int RunTokenize(Session& session, const TokenizeFlags& flags) {
   if (flags.jsonl.empty() + flags.text.empty() + flags.chat.empty() != 2) {
-    throw UsageError("give one of -p TEXT, --jsonl FILE and --chat FILE");
+    throw UsageError("give one of -p TEXT, --jsonl FILE and --chat FILE",
+                     "winnow tokenize MODEL -p \"some text\" shows its ids and pieces");
   }
   MemoryPlan memory;
   memory.Add("program", kProgramBytes);
