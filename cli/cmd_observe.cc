@@ -76,9 +76,10 @@ int RunCondenseVerb(Session& session, ObserveFlags& flags) {
   flags.condense.neurons = flags.method == "condense";
   if (flags.condense.neurons
           ? !flags.condense.alpha_calibration.empty() || flags.condense.max_experts >= 0
-          : flags.width >= 0) {
+          : flags.width >= 0 || flags.condense.most_neurons != kMostNeurons) {
     throw UsageError(
-        "--width belongs to --method condense, --alpha-calib and --max-experts to cd-moe",
+        "--width and --neurons belong to --method condense, --alpha-calib and --max-experts to "
+        "cd-moe",
         "leave out the other method's");
   }
   if (flags.condense.neurons) flags.condense.max_experts = flags.width;
@@ -90,9 +91,11 @@ int RunCondenseVerb(Session& session, ObserveFlags& flags) {
 int RunObserveVerb(Session& session, ObserveFlags& flags) {
   if (flags.method != "naee") return RunCondenseVerb(session, flags);
   if (!flags.condense.alpha_calibration.empty() || flags.condense.max_experts >= 0 ||
-      flags.width >= 0) {
-    throw UsageError("--alpha-calib, --max-experts and --width belong to methods that condense",
-                     "add --method cd-moe or --method condense, or leave them out");
+      flags.width >= 0 || flags.condense.most_neurons != kMostNeurons) {
+    throw UsageError(
+        "--alpha-calib, --max-experts, --width and --neurons belong to methods that "
+        "condense",
+        "add --method cd-moe or --method condense, or leave them out");
   }
   if (flags.progressive && flags.until_stable) {
     throw UsageError("--progressive chooses while it observes: it takes no --until-stable",
@@ -183,6 +186,10 @@ void AddObserve(CLI::App& app, Session& session) {
                    "cd-moe: text over which experts' weights are averaged (default: --calib)");
   verb->add_option("--width", flags->width,
                    "condense: most experts' worth of neurons to choose in a layer (default 6)")
+      ->check(WholeNumberFrom(0));
+  verb->add_option("--neurons", flags->condense.most_neurons,
+                   "condense: neurons of a layer to choose among, those of most energy if it has\n"
+                   "more; 0 for whole experts (default 12288)")
       ->check(WholeNumberFrom(0));
   verb->add_option("--max-experts", flags->condense.max_experts,
                    "cd-moe: experts to order in each layer (default 6, as published)")

@@ -18,11 +18,11 @@ namespace {
 
 constexpr int64_t kPublishedExperts = 6;
 
-bool WholeExperts(const Model& model) {
-  return std::any_of(model.config().layers.begin(), model.config().layers.end(),
-                     [&](const LayerConfig& layer) {
-                       return layer.is_moe && ChoosesWholeExperts(model.config(), layer);
-                     });
+bool WholeExperts(const Model& model, int64_t width, int64_t most_neurons) {
+  return std::any_of(
+      model.config().layers.begin(), model.config().layers.end(), [&](const LayerConfig& layer) {
+        return layer.is_moe && CandidateNeurons(model.config(), layer, width, most_neurons) == 0;
+      });
 }
 
 // The paper's method rests on shared experts; without one a condensed layer has little left.
@@ -162,13 +162,6 @@ int ObserveCondense(Session& session, const std::string& model_folder,
                     const std::string& output) {
   const Model model = Model::Open(model_folder);
   if (!flags.neurons) WarnWithoutShared(session, model);
-  if (flags.neurons && WholeExperts(model)) {
-    session.Warn(
-        fmt::format("a layer of this model has more than {} neurons: whole experts are chosen by "
-                    "least squares, "
-                    "not single neurons",
-                    kMostFeatures));
-  }
   const std::vector<SourceBlocks> search =
       LoadCalibration(session, model, model_folder, calibration);
   std::vector<SourceBlocks> alpha;
@@ -184,10 +177,19 @@ int ObserveCondense(Session& session, const std::string& model_folder,
   const CondenseOptions options{
       .method = flags.neurons ? CondenseMethod::kNeurons : CondenseMethod::kExperts,
       .max_experts = flags.max_experts >= 0 ? flags.max_experts : fewest,
+      .most_neurons = flags.most_neurons,
       .compute = session.compute(),
       .resume = session.flags.resume,
       .checkpoint_seconds = flags.checkpoint_seconds,
       .memory_budget_bytes = session.memory_budget()};
+  if (flags.neurons && options.most_neurons > 0 &&
+      WholeExperts(model, options.max_experts, options.most_neurons)) {
+    session.Warn(
+        fmt::format("{} experts' worth are too many to be chosen of {} neurons in a layer: whole "
+                    "experts are chosen by least squares; --neurons takes more, 16 bytes of memory "
+                    "times its square",
+                    options.max_experts, options.most_neurons));
+  }
   const CondensePlan plan =
       PlanCondense(model, search, alpha, options, session.pool().num_threads());
   session.RequireMemory(plan.memory, "observe");
@@ -256,9 +258,10 @@ CompressionPlan MakeCondensingPlan(Session& session, const fs::path& stats_folde
   plan.sources = stats.search_sources;
   plan.calibration_tokens = stats.search_tokens;
   plan.bytes_before = model.checkpoint().total_bytes();
-  const std::string what = !neurons              ? "greedy experts"
-                           : WholeExperts(model) ? "whole experts by least squares"
-                                                 : "neurons by least squares";
+  const std::string what = !neurons ? "greedy experts"
+                           : WholeExperts(model, stats.max_experts, stats.most_neurons)
+                               ? "whole experts by least squares"
+                               : "neurons by least squares";
   std::vector<int32_t> chosen = choice.moe_layers;
   if (chosen.empty() && choice.layers > 0) {
     const TokenSet tokens = ReadSearchTokens(stats_folder, stats);

@@ -16,6 +16,7 @@ struct CondenseFlags {
   bool neurons = false;                        // --method condense
   std::vector<std::string> alpha_calibration;  // --alpha-calib
   int64_t max_experts = -1;                    // --max-experts, --width; -1: as published
+  int64_t most_neurons = kMostNeurons;         // --neurons
   double checkpoint_seconds = 1;
 };
 // observe --method cd-moe or condense.

@@ -29,6 +29,17 @@ constexpr double kUsualRoundingShare = 0.02;
 constexpr double kLeastRoundingShare = 0.001;
 // Experts' worth that a condensed layer may keep, as observe --method condense has it.
 constexpr int64_t kMostCondensedWidth = 6;
+// Neurons of a layer that are compared; if it has more, whole experts are, which takes seconds.
+constexpr int64_t kMostComparedNeurons = 8192;
+
+int64_t MostNeurons(const ModelConfig& config, int64_t width) {
+  const bool all =
+      std::all_of(config.layers.begin(), config.layers.end(), [&](const LayerConfig& layer) {
+        return !layer.is_moe || CandidateNeurons(config, layer, width, kMostComparedNeurons) ==
+                                    layer.num_experts * layer.expert_width;
+      });
+  return all ? kMostComparedNeurons : 0;
+}
 
 PackedFormat RestFormat(const CompressFlags& flags) {
   if (flags.bits_of_rest == "stored") return {};
@@ -247,6 +258,7 @@ class Sizing {
     }
     gathering_.condense_options = {.method = CondenseMethod::kNeurons,
                                    .max_experts = width,
+                                   .most_neurons = MostNeurons(model_.config(), width),
                                    .compute = session_.compute(),
                                    .resume = session_.flags.resume,
                                    .memory_budget_bytes = session_.memory_budget()};
@@ -261,7 +273,8 @@ class Sizing {
     const CondenseStats& expected = gathering_.condense->stats;
     if (found.model_fingerprint == expected.model_fingerprint &&
         found.search_fingerprint == expected.search_fingerprint &&
-        found.max_experts == expected.max_experts && found.compute == expected.compute) {
+        found.max_experts == expected.max_experts && found.most_neurons == expected.most_neurons &&
+        found.compute == expected.compute) {
       return true;
     }
     throw UsageError(

@@ -136,8 +136,10 @@ class Condenser {
 
   CondenseLayer RunMoeLayer(int64_t layer, const LayerWeights& weights) {
     if (options_.method == CondenseMethod::kNeurons) {
-      CondenseLayer result = ChooseLayerNeurons(model_, layer, weights, options_.max_experts,
-                                                search_, *search_stream_, pool_, control_);
+      CondenseLayer result =
+          ChooseLayerNeurons(model_, layer, weights,
+                             {.width = options_.max_experts, .most_neurons = options_.most_neurons},
+                             search_, *search_stream_, pool_, control_);
       result.moe_layer = static_cast<int32_t>(stats_.layers.size());
       return result;
     }
@@ -254,8 +256,8 @@ class Condenser {
   int64_t saved_ = 0;
 };
 
-MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan, CondenseMethod method,
-                          int num_threads) {
+MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan,
+                          const CondenseOptions& options, int num_threads) {
   const int64_t h = model.config().hidden_size;
   const int64_t search = plan.search.num_tokens(), alpha = plan.alpha.num_tokens();
   int64_t experts = 0;
@@ -272,12 +274,12 @@ MemoryPlan MakeMemoryPlan(const Model& model, const CondensePlan& plan, Condense
                                 : "hidden states of all tokens",
              plan.spill_streams ? 2 * HiddenStates::Bytes(tile, h)
                                 : HiddenStates::Bytes(search + alpha, h));
-  const bool neurons = method == CondenseMethod::kNeurons;
-  if (neurons) {
+  if (options.method == CondenseMethod::kNeurons) {
+    const NeuronWidth width{options.max_experts, options.most_neurons};
     uint64_t largest = 0;
     for (const LayerConfig& layer : model.config().layers) {
       if (layer.is_moe) {
-        largest = std::max(largest, NeuronPassBytes(model.config(), layer, tile));
+        largest = std::max(largest, NeuronPassBytes(model.config(), layer, width, tile));
       }
     }
     memory.Add("moments of a layer's neurons", largest);
@@ -337,6 +339,7 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
   stats.compute = options.compute == ComputePrecision::kF32 ? "f32" : "auto";
   stats.isa = ActiveIsa();
   stats.max_experts = options.max_experts;
+  stats.most_neurons = options.method == CondenseMethod::kNeurons ? options.most_neurons : 0;
   stats.search_sources = NamesOf(search);
   stats.search_fingerprint = FingerprintOf(plan.search);
   stats.search_tokens = plan.search.num_tokens();
@@ -359,7 +362,7 @@ CondensePlan PlanCondense(const Model& model, const std::vector<SourceBlocks>& s
     plan.prefetch = way.prefetch;
     plan.spill_streams = way.spill_streams;
     plan.spill_outputs = way.spill_outputs;
-    plan.memory = MakeMemoryPlan(model, plan, options.method, num_threads);
+    plan.memory = MakeMemoryPlan(model, plan, options, num_threads);
     if (plan.memory.total_bytes() <= options.memory_budget_bytes) break;
   }
   plan.memory.Require(options.memory_budget_bytes);

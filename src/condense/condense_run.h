@@ -18,22 +18,25 @@
 
 namespace winnow {
 
-// Whether a layer of a model has too many neurons for their moments, so that `kNeurons` chooses
-// whole experts in it.
-bool ChoosesWholeExperts(const ModelConfig& config, const LayerConfig& layer);
-
 enum class CondenseMethod : uint8_t {
   kExperts,  // CD-MoE's greedy search of whole experts
   kNeurons,  // single neurons of all experts by least squares (neuron_choice.h)
 };
 
-// More features than this and whole experts are chosen in place of neurons: the moments of all
-// would not fit.
-inline constexpr int64_t kMostFeatures = 8192;
+// Neurons of a layer, those of its shared expert among them, whose moments are taken: 2 x 1.2 GB.
+inline constexpr int64_t kMostNeurons = 12288;
+
+// Of how many neurons of the experts of a layer `kNeurons` chooses `width` experts' worth: of all
+// if they are no more than `most_neurons` with those of the shared expert; else of the three times
+// as many that have the most energy, or of as many as that leaves room for. 0: of whole experts,
+// because it does not leave room for half as many again.
+int64_t CandidateNeurons(const ModelConfig& config, const LayerConfig& layer, int64_t width,
+                         int64_t most_neurons);
 
 struct CondenseOptions {
   CondenseMethod method = CondenseMethod::kExperts;
   int64_t max_experts = 0;  // of the search, in each layer; of the width, in experts' worth
+  int64_t most_neurons = kMostNeurons;  // see CandidateNeurons
   ComputePrecision compute = ComputePrecision::kF32;
   bool resume = false;
   // Streams are saved when a layer ends at least this long after the last save.

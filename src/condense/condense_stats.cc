@@ -144,6 +144,7 @@ OrderedJson CondenseStatsToJson(const CondenseStats& stats) {
           {"compute", stats.compute},
           {"isa", stats.isa},
           {"max_experts", stats.max_experts},
+          {"most_neurons", stats.most_neurons},
           {"search",
            {{"sources", stats.search_sources},
             {"fingerprint", stats.search_fingerprint},
@@ -171,6 +172,7 @@ CondenseStats CondenseStatsFromJson(const Json& json, const std::string& where) 
   if (stats.compute != "f32" && stats.compute != "auto") root.Fail("compute", "f32 or auto");
   stats.isa = root.Text("isa");
   stats.max_experts = root.Integer("max_experts", 0, 65536);
+  stats.most_neurons = root.Integer("most_neurons", 0, kMaxCount);
   const Fields search(root.At("search"), where + ": search");
   stats.search_sources = search.Names("sources");
   stats.search_fingerprint = search.Text("fingerprint");

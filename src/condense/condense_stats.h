@@ -45,7 +45,8 @@ struct CondenseStats {
   int64_t num_layers = 0;
   std::string method;  // "cd-moe" or "condense"
   std::string compute, isa;
-  int64_t max_experts = 0;  // of the search; of the width, in experts' worth
+  int64_t max_experts = 0;   // of the search; of the width, in experts' worth
+  int64_t most_neurons = 0;  // condense: whose moments were taken
   std::vector<std::string> search_sources, alpha_sources;
   std::string search_fingerprint, alpha_fingerprint;
   int64_t search_tokens = 0, alpha_tokens = 0;

@@ -19,30 +19,138 @@ void Subtract(double* x, double factor, const double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] -= factor * y[i];
 }
 
-// Takes feature `pivot` out of what is left: everything becomes what it does not explain. Rows
-// marked as taken and columns before `first_column` are left alone. Returns the error it explains.
-double Eliminate(FeatureMoments& moments, int64_t pivot, int64_t first_column, double floor,
-                 const std::vector<uint8_t>& taken, ThreadPool& pool) {
-  const int64_t m = moments.num_features(), h = moments.hidden();
-  double* gram = moments.gram();
-  double* cross = moments.cross();
-  const double diagonal = std::max(gram[pivot * m + pivot], floor);
-  double explained = 0;
-  for (int64_t i = 0; i < h; ++i) explained += cross[pivot * h + i] * cross[pivot * h + i];
-  const double* row = gram + pivot * m;
-  const double* target = cross + pivot * h;
-  constexpr int64_t kRows = 32;
-  pool.Run((m + kRows - 1) / kRows, [&](int64_t task, int) {
-    for (int64_t i = task * kRows; i < std::min(m, (task + 1) * kRows); ++i) {
-      if (i == pivot || taken[static_cast<size_t>(i)] != 0) continue;
-      const double factor = gram[i * m + pivot] / diagonal;
-      if (factor == 0) continue;
-      Subtract(gram + i * m + first_column, factor, row + first_column, m - first_column);
-      Subtract(cross + i * h, factor, target, h);
-    }
-  });
-  return explained / diagonal;
+// Partial sums side by side: a fixed order that compilers turn into vectors.
+double DotDouble(const double* x, const double* y, int64_t n) {
+  constexpr int64_t kParts = 8;
+  double part[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts) {
+    for (int64_t p = 0; p < kParts; ++p) part[p] += x[i + p] * y[i + p];
+  }
+  double sum = 0;
+  for (; i < n; ++i) sum += x[i] * y[i];
+  for (const double value : part) sum += value;
+  return sum;
 }
+
+// The Cholesky factor of the moments of what was taken, column by column, and the targets on its
+// orthogonal basis. Nothing else is updated in a step but two numbers a feature, so a step reads
+// the factor once instead of reading and writing all moments. The row of a taken feature in `gram`
+// becomes its column of the factor, its row of `cross` its target on the basis: symmetric as the
+// moments are, nobody else needs them.
+class Selection {
+ public:
+  Selection(FeatureMoments& moments, double floor, ThreadPool& pool)
+      : gram_(moments.gram()),
+        cross_(moments.cross()),
+        m_(moments.num_features()),
+        h_(moments.hidden()),
+        floor_(floor),
+        pool_(pool),
+        left_(static_cast<size_t>(m_)),
+        square_(static_cast<size_t>(m_)),
+        is_taken_(static_cast<size_t>(m_)),
+        target_(static_cast<size_t>(h_)),
+        column_(static_cast<size_t>(m_)),
+        explained_(static_cast<size_t>(m_)) {
+    ForRows([&](int64_t i) {
+      left_[static_cast<size_t>(i)] = gram_[i * m_ + i];
+      square_[static_cast<size_t>(i)] = DotDouble(cross_ + i * h_, cross_ + i * h_, h_);
+    });
+  }
+
+  // The untaken feature that explains most of what is left.
+  int64_t Best() const {
+    int64_t best = -1;
+    double most = -1;
+    for (int64_t i = 0; i < m_; ++i) {
+      const auto at = static_cast<size_t>(i);
+      const double gain = is_taken_[at] != 0 ? -1 : square_[at] / std::max(left_[at], floor_);
+      if (gain <= most) continue;
+      most = gain;
+      best = i;
+    }
+    return best;
+  }
+
+  // Takes a feature out of what is left of all others. Returns the error it explains.
+  double Take(int64_t pivot) {
+    const double root = std::sqrt(std::max(left_[static_cast<size_t>(pivot)], floor_));
+    const size_t before = taken_.size();
+    std::vector<double> of_pivot(before), of_target(before);  // factors of the rows taken before
+    for (size_t k = 0; k < before; ++k) of_pivot[k] = gram_[taken_[k] * m_ + pivot];
+    ForRanges(h_, [&](int64_t first, int64_t count) {
+      double* to = target_.data() + first;
+      std::copy_n(cross_ + pivot * h_ + first, count, to);
+      for (size_t k = 0; k < before; ++k) {
+        Subtract(to, of_pivot[k], cross_ + taken_[k] * h_ + first, count);
+      }
+      for (int64_t i = 0; i < count; ++i) to[i] /= root;
+    });
+    const double explained = DotDouble(target_.data(), target_.data(), h_);
+    pool_.Run(static_cast<int64_t>(before), [&](int64_t k, int) {
+      const auto at = static_cast<size_t>(k);
+      of_target[at] = DotDouble(cross_ + taken_[at] * h_, target_.data(), h_);
+    });
+    ForRows([&](int64_t i) {
+      if (is_taken_[static_cast<size_t>(i)] != 0) return;
+      explained_[static_cast<size_t>(i)] = DotDouble(cross_ + i * h_, target_.data(), h_);
+    });
+    // What is left of the moments with the pivot, and of the products with its target.
+    ForRanges(m_, [&](int64_t first, int64_t count) {
+      double* column = column_.data() + first;
+      double* product = explained_.data() + first;
+      std::copy_n(gram_ + pivot * m_ + first, count, column);
+      for (size_t k = 0; k < before; ++k) {
+        const double* row = gram_ + taken_[k] * m_ + first;
+        const double a = of_pivot[k], b = of_target[k];
+        for (int64_t i = 0; i < count; ++i) {
+          column[i] -= a * row[i];
+          product[i] -= b * row[i];
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const auto at = static_cast<size_t>(first + i);
+        column[i] /= root;
+        left_[at] -= column[i] * column[i];
+        square_[at] += column[i] * (column[i] * explained - 2 * product[i]);
+        square_[at] = std::max(square_[at], 0.0);
+      }
+    });
+    std::copy_n(column_.data(), m_, gram_ + pivot * m_);
+    std::copy_n(target_.data(), h_, cross_ + pivot * h_);
+    is_taken_[static_cast<size_t>(pivot)] = 1;
+    taken_.push_back(pivot);
+    return explained;
+  }
+
+ private:
+  template <class Body>
+  void ForRows(const Body& body) {
+    constexpr int64_t kRows = 64;
+    pool_.Run((m_ + kRows - 1) / kRows, [&](int64_t task, int) {
+      for (int64_t i = task * kRows; i < std::min(m_, (task + 1) * kRows); ++i) body(i);
+    });
+  }
+  template <class Body>
+  void ForRanges(int64_t n, const Body& body) {
+    constexpr int64_t kColumns = 256;  // so that they stay in the first cache
+    pool_.Run((n + kColumns - 1) / kColumns, [&](int64_t task, int) {
+      body(task * kColumns, std::min(kColumns, n - task * kColumns));
+    });
+  }
+
+  double* gram_;
+  double* cross_;
+  int64_t m_, h_;
+  double floor_;
+  ThreadPool& pool_;
+  std::vector<double> left_;    // [M] the diagonal of the moments
+  std::vector<double> square_;  // [M] of the products with the target
+  std::vector<uint8_t> is_taken_;
+  std::vector<int64_t> taken_;
+  std::vector<double> target_, column_, explained_;
+};
 
 }  // namespace
 
@@ -69,30 +177,17 @@ NeuronChoice ChooseNeurons(FeatureMoments& moments, int64_t num_forced, int64_t 
     largest = std::max(largest, gram[i * m + i]);
   }
   const double floor = std::max(kLeastPivot * largest, std::numeric_limits<double>::min());
-  std::vector<uint8_t> taken;
-  taken.assign(static_cast<size_t>(m), 0);
+  Selection selection(moments, floor, pool);
   NeuronChoice choice;
   for (int64_t i = 0; i < num_forced; ++i) {
     if (i % 64 == 0) control.Poll();
-    error -= Eliminate(moments, i, i, floor, taken, pool);
-    taken[static_cast<size_t>(i)] = 1;
+    error -= selection.Take(i);
   }
   choice.remaining.push_back(std::max(error, 0.0));
-  std::vector<double> gain(static_cast<size_t>(m));
   while (std::ssize(choice.order) < std::min(count, m - num_forced)) {
     control.Poll();
-    constexpr int64_t kRows = 64;
-    pool.Run((m + kRows - 1) / kRows, [&](int64_t task, int) {
-      for (int64_t i = task * kRows; i < std::min(m, (task + 1) * kRows); ++i) {
-        double square = 0;
-        for (int64_t c = 0; c < h; ++c) square += cross[i * h + c] * cross[i * h + c];
-        gain[static_cast<size_t>(i)] =
-            taken[static_cast<size_t>(i)] != 0 ? -1.0 : square / std::max(gram[i * m + i], floor);
-      }
-    });
-    const int64_t best = std::max_element(gain.begin(), gain.end()) - gain.begin();
-    error -= Eliminate(moments, best, num_forced, floor, taken, pool);
-    taken[static_cast<size_t>(best)] = 1;
+    const int64_t best = selection.Best();
+    error -= selection.Take(best);
     choice.order.push_back(best);
     choice.remaining.push_back(std::max(error, 0.0));
   }

@@ -9,6 +9,8 @@
 
 #include "base/error.h"
 #include "condense/test_support.h"
+#include "kernels/elementwise.h"
+#include "weights/layer_reader.h"
 
 namespace winnow {
 namespace {
@@ -256,6 +258,116 @@ TEST_P(NeuronPass, ChoosesForEveryFamily) {
               2 * model.config().layers[static_cast<size_t>(layer.layer)].expert_width);
   }
 }
+// Mean of activation^2, tokens counting 1 / |h'|^2, times (sum of routing weights)^2 times the
+// square of the down projection's column, of every neuron of every expert of a layer.
+std::vector<double> EnergyReference(const Model& model, int64_t layer, const TokenSet& tokens) {
+  const ModelConfig& config = model.config();
+  const ForwardTrace trace = RunForward(model, tokens);
+  const TracedLayer& seen = trace.layers.at(layer);
+  LayerReader reader(model, {});
+  const LayerWeights& weights = reader.Get(layer);
+  const int64_t h = config.hidden_size, k = config.num_experts_per_tok, n = tokens.num_tokens();
+  std::vector<double> routing(weights.experts.size());
+  for (int64_t i = 0; i < n * k; ++i) {
+    const auto at = static_cast<size_t>(i);
+    routing[static_cast<size_t>(seen.topk_ids[at])] += static_cast<double>(seen.topk_weights[at]);
+  }
+  std::vector<double> energy;
+  std::vector<float> gate(static_cast<size_t>(h)), up(gate.size()), x(gate.size());
+  for (size_t e = 0; e < weights.experts.size(); ++e) {
+    const FeedForwardWeights& expert = weights.experts[e];
+    for (int64_t j = 0; j < expert.width(); ++j) {
+      WidenRow(expert.gate, j, gate.data());
+      WidenRow(expert.up, j, up.data());
+      double sum = 0, column = 0;
+      for (int64_t t = 0; t < n; ++t) {
+        const float* residual = seen.residual.data() + t * h;
+        RmsNorm(residual, 1, h, h, weights.post_attention_norm.data(), config.rms_norm_eps,
+                x.data(), h);
+        double a = 0, b = 0, stream = 0;
+        for (int64_t i = 0; i < h; ++i) {
+          const auto at = static_cast<size_t>(i);
+          a += static_cast<double>(gate[at]) * static_cast<double>(x[at]);
+          b += static_cast<double>(up[at]) * static_cast<double>(x[at]);
+          const double after = static_cast<double>(residual[i]) +
+                               static_cast<double>(seen.moe_out[static_cast<size_t>(t * h + i)]);
+          stream += after * after;
+        }
+        const double inner = a / (1 + std::exp(-a)) * b;
+        sum += inner * inner * static_cast<double>(h) / stream;
+      }
+      for (int64_t i = 0; i < h; ++i) {
+        const auto d = static_cast<double>(LoadAsFloat(
+            expert.down.dtype, expert.down.data, static_cast<size_t>(i * expert.width() + j)));
+        column += d * d;
+      }
+      energy.push_back(sum * routing[e] * routing[e] * column);
+    }
+  }
+  return energy;
+}
+
+TEST(CandidateNeurons, AreThreeForEachThatIsChosen) {
+  ModelConfig config;
+  LayerConfig layer;
+  layer.num_experts = 64;
+  layer.expert_width = 1408;
+  layer.shared_width = 2816;
+  EXPECT_EQ(CandidateNeurons(config, layer, 2, 92'928), 64 * 1408);
+  EXPECT_EQ(CandidateNeurons(config, layer, 2, 92'927), 3 * 2 * 1408);
+  EXPECT_EQ(CandidateNeurons(config, layer, 4, 12'288), 12'288 - 2816);  // as many as there is room
+  EXPECT_EQ(CandidateNeurons(config, layer, 6, 12'288), 0);
+  EXPECT_EQ(CandidateNeurons(config, layer, 0, 12'288), 0);
+  EXPECT_EQ(CandidateNeurons(config, layer, 2, 0), 0);
+  config.shared_expert_gated = true;  // stays apart
+  EXPECT_EQ(CandidateNeurons(config, layer, 4, 12'288), 12'288);
+}
+
+// What is chosen among some neurons is worse than what is chosen among all; and it is of those of
+// most energy, which are worked out here from the layer's own values.
+TEST_P(NeuronPass, ChoosesAmongNeuronsOfMostEnergy) {
+  const Model model = Model::Open(GoldenFolder(GetParam()));
+  const TestFolder folder;
+  SourceBlocks source;
+  source.name = "ids";
+  const TokenSet tokens = GoldenTokens(GetParam());
+  source.sequences = {tokens.ids, tokens.offsets};
+  const ModelConfig& config = model.config();
+  const LayerConfig& first = config.layers[static_cast<size_t>(config.MoeLayers()[0])];
+  const int64_t forced = config.shared_expert_gated ? 0 : first.shared_width;
+  const auto run = [&](int64_t most_neurons, int threads) {
+    const CondenseOptions options{.method = CondenseMethod::kNeurons,
+                                  .max_experts = 1,
+                                  .most_neurons = most_neurons,
+                                  .memory_budget_bytes = kAmpleBudget};
+    const CondensePlan plan = PlanCondense(model, {source}, {}, options, threads);
+    ThreadPool pool(threads);
+    return RunCondense(
+        model, options, plan,
+        folder.path() / (std::to_string(most_neurons) + "-" + std::to_string(threads)), pool, {});
+  };
+  const CondenseStats all = run(kMostNeurons, 1);
+  const int64_t room = forced + 2 * first.expert_width;
+  const CondenseStats some = run(room, 1);
+  run(room, 3);
+  ExpectSameContent(folder.path() / (std::to_string(room) + "-1"),
+                    folder.path() / (std::to_string(room) + "-3"));
+  const std::vector<double> energy = EnergyReference(model, config.MoeLayers()[0], tokens);
+  std::vector<double> sorted = energy;
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  const double least = sorted[static_cast<size_t>(2 * first.expert_width - 1)];
+  for (size_t l = 0; l < all.layers.size(); ++l) {
+    EXPECT_LE(all.layers[l].width_errors[1], some.layers[l].width_errors[1] * 1.001);
+    // The shared expert's alone; the damping is a share of the mean diagonal, of other neurons.
+    EXPECT_NEAR(some.layers[l].width_errors[0] / all.layers[l].width_errors[0], 1, 0.05);
+  }
+  for (size_t i = 0; i < some.layers[0].neuron_rows.size(); ++i) {
+    const int64_t neuron =
+        some.layers[0].neuron_experts[i] * first.expert_width + some.layers[0].neuron_rows[i];
+    EXPECT_GE(energy[static_cast<size_t>(neuron)], least * (1 - 1e-6));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Golden, NeuronPass,
                          testing::Values("mixtral", "olmoe", "qwen2_moe", "qwen3_moe-bf16",
                                          "deepseek-bf16"),

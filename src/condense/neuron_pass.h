@@ -11,11 +11,17 @@
 
 namespace winnow {
 
-// Advances `stream` through the layer. `max_width` counts experts' worth of neurons.
+struct NeuronWidth {
+  int64_t width = 0;         // experts' worth of neurons
+  int64_t most_neurons = 0;  // see CandidateNeurons
+};
+
+// Advances `stream` through the layer.
 CondenseLayer ChooseLayerNeurons(const Model& model, int64_t layer, const LayerWeights& weights,
-                                 int64_t max_width, LayerSweep& sweep, HiddenStates& stream,
+                                 const NeuronWidth& most, LayerSweep& sweep, HiddenStates& stream,
                                  ThreadPool& pool, const JobControl& control);
 // What it holds besides the layer and the stream.
-uint64_t NeuronPassBytes(const ModelConfig& config, const LayerConfig& layer, int64_t tile_tokens);
+uint64_t NeuronPassBytes(const ModelConfig& config, const LayerConfig& layer,
+                         const NeuronWidth& most, int64_t tile_tokens);
 
 }  // namespace winnow
