@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./dev fuzz [SECONDS]: every fuzz target for SECONDS over a corpus that starts from the seeds in
-# tests/data and keeps growing in build/fuzz/corpus/. 0 seconds only replays the seeds.
+# tests/data and keeps growing in build/fuzz-corpus/. 0 seconds only replays the seeds.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -65,13 +65,13 @@ replay_or_run() {
 
 title "Fuzz"
 need build develop
-configure fuzz
-mapfile -t targets < <(cmake --build build/fuzz --target help | sed -n 's/^\([a-z0-9_]*_fuzz\):.*/\1/p')
+configure asan-ubsan
+mapfile -t targets < <(cmake --build build/asan-ubsan --target help | sed -n 's/^\([a-z0-9_]*_fuzz\):.*/\1/p')
 [ ${#targets[@]} -gt 0 ] || die "there is no fuzz target"
-build fuzz "${targets[@]}"
+build asan-ubsan "${targets[@]}"
 failed=0
 for target in "${targets[@]}"; do
-  program=build/fuzz/fuzz/$target corpus=build/fuzz/corpus/$target
+  program=build/asan-ubsan/fuzz/$target corpus=build/fuzz-corpus/$target
   seed "$target" "$corpus"
   step "fuzz $target" replay_or_run "$program" "$corpus" || failed=1
   log=$LOGS/fuzz-$target.log
