@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "kernels/accumulate.h"
 #include "kernels/elementwise.h"
 
 namespace winnow {
@@ -82,9 +83,9 @@ class Selection {
     ForRanges(h_, [&](int64_t first, int64_t count) {
       double* to = target_.data() + first;
       std::copy_n(cross_ + pivot * h_ + first, count, to);
-      for (size_t k = 0; k < before; ++k) {
-        Subtract(to, of_pivot[k], cross_ + taken_[k] * h_ + first, count);
-      }
+      std::vector<const double*> rows;
+      for (const int64_t taken : taken_) rows.push_back(cross_ + taken * h_ + first);
+      SubtractScaledRows(rows, of_pivot.data(), nullptr, count, to, nullptr);
       for (int64_t i = 0; i < count; ++i) to[i] /= root;
     });
     const double explained = DotDouble(target_.data(), target_.data(), h_);
@@ -101,14 +102,9 @@ class Selection {
       double* column = column_.data() + first;
       double* product = explained_.data() + first;
       std::copy_n(gram_ + pivot * m_ + first, count, column);
-      for (size_t k = 0; k < before; ++k) {
-        const double* row = gram_ + taken_[k] * m_ + first;
-        const double a = of_pivot[k], b = of_target[k];
-        for (int64_t i = 0; i < count; ++i) {
-          column[i] -= a * row[i];
-          product[i] -= b * row[i];
-        }
-      }
+      std::vector<const double*> rows;
+      for (const int64_t taken : taken_) rows.push_back(gram_ + taken * m_ + first);
+      SubtractScaledRows(rows, of_pivot.data(), of_target.data(), count, column, product);
       for (int64_t i = 0; i < count; ++i) {
         const auto at = static_cast<size_t>(first + i);
         column[i] /= root;

@@ -110,6 +110,53 @@ void RowMomentsTarget(const std::byte* row, Dtype dtype, int64_t n, double* abso
   }
 }
 
+template <int64_t kRows, bool kTwo>
+HWY_INLINE void SubtractRows(const double* const* rows, const double* a, const double* b, int64_t n,
+                             double* x, double* y) {
+  const DD d;
+  constexpr auto kStep = static_cast<int64_t>(kDoubleLanes);
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    auto to = hn::LoadU(d, x + i);
+    auto second = kTwo ? hn::LoadU(d, y + i) : hn::Zero(d);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const auto row = hn::LoadU(d, rows[r] + i);
+      to = hn::NegMulAdd(hn::Set(d, a[r]), row, to);
+      if (kTwo) second = hn::NegMulAdd(hn::Set(d, b[r]), row, second);
+    }
+    hn::StoreU(to, d, x + i);
+    if (kTwo) hn::StoreU(second, d, y + i);
+  }
+  for (; i < n; ++i) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      x[i] = std::fma(-a[r], rows[r][i], x[i]);
+      if (kTwo) y[i] = std::fma(-b[r], rows[r][i], y[i]);
+    }
+  }
+}
+
+// Four rows at a time: what is summed into is loaded and stored for four of them.
+template <bool kTwo>
+HWY_INLINE void SubtractAllRows(const double* const* rows, int64_t num_rows, const double* a,
+                                const double* b, int64_t n, double* x, double* y) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4) {
+    SubtractRows<4, kTwo>(rows + r, a + r, kTwo ? b + r : nullptr, n, x, y);
+  }
+  for (; r < num_rows; ++r) {
+    SubtractRows<1, kTwo>(rows + r, a + r, kTwo ? b + r : nullptr, n, x, y);
+  }
+}
+
+void SubtractScaledRowsTarget(const double* const* rows, int64_t num_rows, const double* a,
+                              const double* b, int64_t n, double* x, double* y) {
+  if (y == nullptr) {
+    SubtractAllRows<false>(rows, num_rows, a, b, n, x, y);
+  } else {
+    SubtractAllRows<true>(rows, num_rows, a, b, n, x, y);
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace winnow
 HWY_AFTER_NAMESPACE();
@@ -120,6 +167,7 @@ namespace winnow {
 HWY_EXPORT(AccumulateRowsTarget);
 HWY_EXPORT(AccumulateWeightedTarget);
 HWY_EXPORT(RowMomentsTarget);
+HWY_EXPORT(SubtractScaledRowsTarget);
 
 void AccumulateRows(double* sums, const float* x, int64_t rows, int64_t ld, int64_t n) {
   HWY_DYNAMIC_DISPATCH(AccumulateRowsTarget)(sums, x, rows, ld, n);
@@ -171,6 +219,20 @@ void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double*
                            : LoadPackedValue(w.packed, w.cols, r, c, w.data));
       *absolute += std::abs(v);
       *square += v * v;
+    }
+  }
+}
+
+void SubtractScaledRows(std::span<const double* const> rows, const double* a, const double* b,
+                        int64_t n, double* x, double* y) {
+  HWY_DYNAMIC_DISPATCH(SubtractScaledRowsTarget)(rows.data(), std::ssize(rows), a, b, n, x, y);
+}
+void SubtractScaledRowsReference(std::span<const double* const> rows, const double* a,
+                                 const double* b, int64_t n, double* x, double* y) {
+  for (size_t r = 0; r < rows.size(); ++r) {
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = std::fma(-a[r], rows[r][i], x[i]);
+      if (y != nullptr) y[i] = std::fma(-b[r], rows[r][i], y[i]);
     }
   }
 }

@@ -1,7 +1,9 @@
-// Sums of rows in double, for statistics: many rows into one, each element in row order.
+// Sums of rows in double, for statistics and eliminations: many rows into one, each element in row
+// order.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/weight_matrix.h"  // WeightMatrix
 
@@ -22,5 +24,12 @@ void AccumulateWeightedReference(double* plain, double* weighted, double* square
 // depends on the instruction set.
 void AccumulateMoments(const WeightMatrix& w, double* absolute, double* square);
 void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double* square);
+
+// x[i] -= a[0] * rows[0][i] + a[1] * rows[1][i] + ..., and y with b over the same rows unless y is
+// null: each row is read once. Row by row in that order.
+void SubtractScaledRows(std::span<const double* const> rows, const double* a, const double* b,
+                        int64_t n, double* x, double* y);
+void SubtractScaledRowsReference(std::span<const double* const> rows, const double* a,
+                                 const double* b, int64_t n, double* x, double* y);
 
 }  // namespace winnow
