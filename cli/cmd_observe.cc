@@ -76,7 +76,7 @@ int RunCondenseVerb(Session& session, ObserveFlags& flags) {
   flags.condense.neurons = flags.method == "condense";
   if (flags.condense.neurons
           ? !flags.condense.alpha_calibration.empty() || flags.condense.max_experts >= 0
-          : flags.width >= 0 || flags.condense.most_neurons != kMostNeurons) {
+          : flags.width >= 0 || flags.condense.most_neurons >= 0) {
     throw UsageError(
         "--width and --neurons belong to --method condense, --alpha-calib and --max-experts to "
         "cd-moe",
@@ -91,7 +91,7 @@ int RunCondenseVerb(Session& session, ObserveFlags& flags) {
 int RunObserveVerb(Session& session, ObserveFlags& flags) {
   if (flags.method != "naee") return RunCondenseVerb(session, flags);
   if (!flags.condense.alpha_calibration.empty() || flags.condense.max_experts >= 0 ||
-      flags.width >= 0 || flags.condense.most_neurons != kMostNeurons) {
+      flags.width >= 0 || flags.condense.most_neurons >= 0) {
     throw UsageError(
         "--alpha-calib, --max-experts, --width and --neurons belong to methods that "
         "condense",
@@ -190,7 +190,7 @@ void AddObserve(CLI::App& app, Session& session) {
   verb->add_option("--neurons", flags->condense.most_neurons,
                    "condense: neurons of a layer to choose among, those of most energy if it has\n"
                    "more; 0 for whole experts (default 12288)")
-      ->check(WholeNumberFrom(0));
+      ->check(CLI::Range(int64_t{0}, kNeuronsAtMost));
   verb->add_option("--max-experts", flags->condense.max_experts,
                    "cd-moe: experts to order in each layer (default 6, as published)")
       ->check(WholeNumberFrom(1));

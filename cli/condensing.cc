@@ -177,7 +177,7 @@ int ObserveCondense(Session& session, const std::string& model_folder,
   const CondenseOptions options{
       .method = flags.neurons ? CondenseMethod::kNeurons : CondenseMethod::kExperts,
       .max_experts = flags.max_experts >= 0 ? flags.max_experts : fewest,
-      .most_neurons = flags.most_neurons,
+      .most_neurons = flags.most_neurons >= 0 ? flags.most_neurons : kMostNeurons,
       .compute = session.compute(),
       .resume = session.flags.resume,
       .checkpoint_seconds = flags.checkpoint_seconds,

@@ -16,7 +16,7 @@ struct CondenseFlags {
   bool neurons = false;                        // --method condense
   std::vector<std::string> alpha_calibration;  // --alpha-calib
   int64_t max_experts = -1;                    // --max-experts, --width; -1: as published
-  int64_t most_neurons = kMostNeurons;         // --neurons
+  int64_t most_neurons = -1;                   // --neurons; -1: kMostNeurons
   double checkpoint_seconds = 1;
 };
 // observe --method cd-moe or condense.

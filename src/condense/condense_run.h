@@ -25,6 +25,8 @@ enum class CondenseMethod : uint8_t {
 
 // Neurons of a layer, those of its shared expert among them, whose moments are taken: 2 x 1.2 GB.
 inline constexpr int64_t kMostNeurons = 12288;
+// No machine holds the moments of more.
+inline constexpr int64_t kNeuronsAtMost = int64_t{1} << 20;
 
 // Of how many neurons of the experts of a layer `kNeurons` chooses `width` experts' worth: of all
 // if they are no more than `most_neurons` with those of the shared expert; else of the three times

@@ -77,21 +77,19 @@ class Selection {
   // Takes a feature out of what is left of all others. Returns the error it explains.
   double Take(int64_t pivot) {
     const double root = std::sqrt(std::max(left_[static_cast<size_t>(pivot)], floor_));
-    const size_t before = taken_.size();
+    const size_t before = taken_columns_.size();
     std::vector<double> of_pivot(before), of_target(before);  // factors of the rows taken before
-    for (size_t k = 0; k < before; ++k) of_pivot[k] = gram_[taken_[k] * m_ + pivot];
+    for (size_t k = 0; k < before; ++k) of_pivot[k] = taken_columns_[k][pivot];
     ForRanges(h_, [&](int64_t first, int64_t count) {
       double* to = target_.data() + first;
       std::copy_n(cross_ + pivot * h_ + first, count, to);
-      std::vector<const double*> rows;
-      for (const int64_t taken : taken_) rows.push_back(cross_ + taken * h_ + first);
-      SubtractScaledRows(rows, of_pivot.data(), nullptr, count, to, nullptr);
+      SubtractScaledRows(taken_targets_, first, of_pivot.data(), nullptr, count, to, nullptr);
       for (int64_t i = 0; i < count; ++i) to[i] /= root;
     });
     const double explained = DotDouble(target_.data(), target_.data(), h_);
     pool_.Run(static_cast<int64_t>(before), [&](int64_t k, int) {
       const auto at = static_cast<size_t>(k);
-      of_target[at] = DotDouble(cross_ + taken_[at] * h_, target_.data(), h_);
+      of_target[at] = DotDouble(taken_targets_[at], target_.data(), h_);
     });
     ForRows([&](int64_t i) {
       if (is_taken_[static_cast<size_t>(i)] != 0) return;
@@ -102,9 +100,8 @@ class Selection {
       double* column = column_.data() + first;
       double* product = explained_.data() + first;
       std::copy_n(gram_ + pivot * m_ + first, count, column);
-      std::vector<const double*> rows;
-      for (const int64_t taken : taken_) rows.push_back(gram_ + taken * m_ + first);
-      SubtractScaledRows(rows, of_pivot.data(), of_target.data(), count, column, product);
+      SubtractScaledRows(taken_columns_, first, of_pivot.data(), of_target.data(), count, column,
+                         product);
       for (int64_t i = 0; i < count; ++i) {
         const auto at = static_cast<size_t>(first + i);
         column[i] /= root;
@@ -116,7 +113,8 @@ class Selection {
     std::copy_n(column_.data(), m_, gram_ + pivot * m_);
     std::copy_n(target_.data(), h_, cross_ + pivot * h_);
     is_taken_[static_cast<size_t>(pivot)] = 1;
-    taken_.push_back(pivot);
+    taken_columns_.push_back(gram_ + pivot * m_);
+    taken_targets_.push_back(cross_ + pivot * h_);
     return explained;
   }
 
@@ -144,7 +142,7 @@ class Selection {
   std::vector<double> left_;    // [M] the diagonal of the moments
   std::vector<double> square_;  // [M] of the products with the target
   std::vector<uint8_t> is_taken_;
-  std::vector<int64_t> taken_;
+  std::vector<const double*> taken_columns_, taken_targets_;  // in the order taken
   std::vector<double> target_, column_, explained_;
 };
 

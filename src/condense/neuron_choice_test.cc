@@ -211,15 +211,18 @@ TEST(ExpertChoice, SolvesLeastSquaresOfWholeExperts) {
 
 // The whole of observe --method condense, for families with and without a shared expert, gated or
 // not: the same bytes for any number of threads, errors that fall with width, different neurons.
-class NeuronPass : public testing::TestWithParam<const char*> {};
+class NeuronPass : public testing::TestWithParam<const char*> {
+ protected:
+  static SourceBlocks GoldenText() {
+    const TokenSet tokens = GoldenTokens(GetParam());
+    return {.name = "ids", .sequences = {tokens.ids, tokens.offsets}};
+  }
+};
 
 TEST_P(NeuronPass, ChoosesForEveryFamily) {
   const Model model = Model::Open(GoldenFolder(GetParam()));
   const TestFolder folder;
-  SourceBlocks source;
-  source.name = "ids";
-  const TokenSet tokens = GoldenTokens(GetParam());
-  source.sequences = {tokens.ids, tokens.offsets};
+  const SourceBlocks source = GoldenText();
   std::vector<CondenseStats> runs;
   for (const int threads : {1, 3}) {
     const CondenseOptions options{
@@ -328,10 +331,7 @@ TEST(CandidateNeurons, AreThreeForEachThatIsChosen) {
 TEST_P(NeuronPass, ChoosesAmongNeuronsOfMostEnergy) {
   const Model model = Model::Open(GoldenFolder(GetParam()));
   const TestFolder folder;
-  SourceBlocks source;
-  source.name = "ids";
-  const TokenSet tokens = GoldenTokens(GetParam());
-  source.sequences = {tokens.ids, tokens.offsets};
+  const SourceBlocks source = GoldenText();
   const ModelConfig& config = model.config();
   const LayerConfig& first = config.layers[static_cast<size_t>(config.MoeLayers()[0])];
   const int64_t forced = config.shared_expert_gated ? 0 : first.shared_width;
@@ -352,7 +352,8 @@ TEST_P(NeuronPass, ChoosesAmongNeuronsOfMostEnergy) {
   run(room, 3);
   ExpectSameContent(folder.path() / (std::to_string(room) + "-1"),
                     folder.path() / (std::to_string(room) + "-3"));
-  const std::vector<double> energy = EnergyReference(model, config.MoeLayers()[0], tokens);
+  const std::vector<double> energy =
+      EnergyReference(model, config.MoeLayers()[0], GoldenTokens(GetParam()));
   std::vector<double> sorted = energy;
   std::sort(sorted.begin(), sorted.end(), std::greater<>());
   const double least = sorted[static_cast<size_t>(2 * first.expert_width - 1)];

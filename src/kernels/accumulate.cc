@@ -111,8 +111,8 @@ void RowMomentsTarget(const std::byte* row, Dtype dtype, int64_t n, double* abso
 }
 
 template <int64_t kRows, bool kTwo>
-HWY_INLINE void SubtractRows(const double* const* rows, const double* a, const double* b, int64_t n,
-                             double* x, double* y) {
+HWY_INLINE void SubtractRows(const double* const* rows, int64_t first, const double* a,
+                             const double* b, int64_t n, double* x, double* y) {
   const DD d;
   constexpr auto kStep = static_cast<int64_t>(kDoubleLanes);
   int64_t i = 0;
@@ -120,7 +120,7 @@ HWY_INLINE void SubtractRows(const double* const* rows, const double* a, const d
     auto to = hn::LoadU(d, x + i);
     auto second = kTwo ? hn::LoadU(d, y + i) : hn::Zero(d);
     for (int64_t r = 0; r < kRows; ++r) {
-      const auto row = hn::LoadU(d, rows[r] + i);
+      const auto row = hn::LoadU(d, rows[r] + first + i);
       to = hn::NegMulAdd(hn::Set(d, a[r]), row, to);
       if (kTwo) second = hn::NegMulAdd(hn::Set(d, b[r]), row, second);
     }
@@ -129,31 +129,31 @@ HWY_INLINE void SubtractRows(const double* const* rows, const double* a, const d
   }
   for (; i < n; ++i) {
     for (int64_t r = 0; r < kRows; ++r) {
-      x[i] = std::fma(-a[r], rows[r][i], x[i]);
-      if (kTwo) y[i] = std::fma(-b[r], rows[r][i], y[i]);
+      x[i] = std::fma(-a[r], rows[r][first + i], x[i]);
+      if (kTwo) y[i] = std::fma(-b[r], rows[r][first + i], y[i]);
     }
   }
 }
 
 // Four rows at a time: what is summed into is loaded and stored for four of them.
 template <bool kTwo>
-HWY_INLINE void SubtractAllRows(const double* const* rows, int64_t num_rows, const double* a,
-                                const double* b, int64_t n, double* x, double* y) {
+HWY_INLINE void SubtractAllRows(const double* const* rows, int64_t num_rows, int64_t first,
+                                const double* a, const double* b, int64_t n, double* x, double* y) {
   int64_t r = 0;
   for (; r + 4 <= num_rows; r += 4) {
-    SubtractRows<4, kTwo>(rows + r, a + r, kTwo ? b + r : nullptr, n, x, y);
+    SubtractRows<4, kTwo>(rows + r, first, a + r, kTwo ? b + r : nullptr, n, x, y);
   }
   for (; r < num_rows; ++r) {
-    SubtractRows<1, kTwo>(rows + r, a + r, kTwo ? b + r : nullptr, n, x, y);
+    SubtractRows<1, kTwo>(rows + r, first, a + r, kTwo ? b + r : nullptr, n, x, y);
   }
 }
 
-void SubtractScaledRowsTarget(const double* const* rows, int64_t num_rows, const double* a,
-                              const double* b, int64_t n, double* x, double* y) {
+void SubtractScaledRowsTarget(const double* const* rows, int64_t num_rows, int64_t first,
+                              const double* a, const double* b, int64_t n, double* x, double* y) {
   if (y == nullptr) {
-    SubtractAllRows<false>(rows, num_rows, a, b, n, x, y);
+    SubtractAllRows<false>(rows, num_rows, first, a, b, n, x, y);
   } else {
-    SubtractAllRows<true>(rows, num_rows, a, b, n, x, y);
+    SubtractAllRows<true>(rows, num_rows, first, a, b, n, x, y);
   }
 }
 
@@ -223,16 +223,18 @@ void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double*
   }
 }
 
-void SubtractScaledRows(std::span<const double* const> rows, const double* a, const double* b,
-                        int64_t n, double* x, double* y) {
-  HWY_DYNAMIC_DISPATCH(SubtractScaledRowsTarget)(rows.data(), std::ssize(rows), a, b, n, x, y);
+void SubtractScaledRows(std::span<const double* const> rows, int64_t first, const double* a,
+                        const double* b, int64_t n, double* x, double* y) {
+  HWY_DYNAMIC_DISPATCH(SubtractScaledRowsTarget)
+  (rows.data(), std::ssize(rows), first, a, b, n, x, y);
 }
-void SubtractScaledRowsReference(std::span<const double* const> rows, const double* a,
-                                 const double* b, int64_t n, double* x, double* y) {
+void SubtractScaledRowsReference(std::span<const double* const> rows, int64_t first,
+                                 const double* a, const double* b, int64_t n, double* x,
+                                 double* y) {
   for (size_t r = 0; r < rows.size(); ++r) {
     for (int64_t i = 0; i < n; ++i) {
-      x[i] = std::fma(-a[r], rows[r][i], x[i]);
-      if (y != nullptr) y[i] = std::fma(-b[r], rows[r][i], y[i]);
+      x[i] = std::fma(-a[r], rows[r][first + i], x[i]);
+      if (y != nullptr) y[i] = std::fma(-b[r], rows[r][first + i], y[i]);
     }
   }
 }

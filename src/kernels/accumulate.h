@@ -25,11 +25,11 @@ void AccumulateWeightedReference(double* plain, double* weighted, double* square
 void AccumulateMoments(const WeightMatrix& w, double* absolute, double* square);
 void AccumulateMomentsReference(const WeightMatrix& w, double* absolute, double* square);
 
-// x[i] -= a[0] * rows[0][i] + a[1] * rows[1][i] + ..., and y with b over the same rows unless y is
-// null: each row is read once. Row by row in that order.
-void SubtractScaledRows(std::span<const double* const> rows, const double* a, const double* b,
-                        int64_t n, double* x, double* y);
-void SubtractScaledRowsReference(std::span<const double* const> rows, const double* a,
-                                 const double* b, int64_t n, double* x, double* y);
+// x[i] -= a[0] * rows[0][first + i] + a[1] * rows[1][first + i] + ... for n columns, and y with b
+// over the same rows unless y is null: each row is read once. Row by row in that order.
+void SubtractScaledRows(std::span<const double* const> rows, int64_t first, const double* a,
+                        const double* b, int64_t n, double* x, double* y);
+void SubtractScaledRowsReference(std::span<const double* const> rows, int64_t first,
+                                 const double* a, const double* b, int64_t n, double* x, double* y);
 
 }  // namespace winnow

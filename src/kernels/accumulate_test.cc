@@ -42,21 +42,23 @@ TEST(Accumulate, SubtractsScaledRows) {
     SelectIsa(isa);
     for (const int64_t n : {1, 3, 8, 17, 100}) {
       for (const size_t num_rows : {0u, 1u, 3u, 4u, 9u}) {
-        std::vector<double> values(num_rows * static_cast<size_t>(n)), a, b;
+        const int64_t first = 2;
+        std::vector<double> values(num_rows * static_cast<size_t>(first + n)), a, b;
         for (size_t i = 0; i < values.size(); ++i) {
           values[i] = static_cast<double>((i * 2654435761u) % 1000) * 0.037 - 18.0;
         }
         std::vector<const double*> rows;
         for (size_t r = 0; r < num_rows; ++r) {
-          rows.push_back(values.data() + r * static_cast<size_t>(n));
+          rows.push_back(values.data() + r * static_cast<size_t>(first + n));
           a.push_back(0.3 - 0.1 * static_cast<double>(r));
           b.push_back(0.7 * static_cast<double>(r) - 1.1);
         }
         std::vector<double> x(static_cast<size_t>(n), 0.25), y(static_cast<size_t>(n), -3.0);
         std::vector<double> want_x = x, want_y = y, alone = x;
-        SubtractScaledRows(rows, a.data(), b.data(), n, x.data(), y.data());
-        SubtractScaledRowsReference(rows, a.data(), b.data(), n, want_x.data(), want_y.data());
-        SubtractScaledRows(rows, a.data(), nullptr, n, alone.data(), nullptr);
+        SubtractScaledRows(rows, first, a.data(), b.data(), n, x.data(), y.data());
+        SubtractScaledRowsReference(rows, first, a.data(), b.data(), n, want_x.data(),
+                                    want_y.data());
+        SubtractScaledRows(rows, first, a.data(), nullptr, n, alone.data(), nullptr);
         for (size_t i = 0; i < x.size(); ++i) {
           EXPECT_NEAR(x[i], want_x[i], 1e-13) << isa << " n " << n << " rows " << num_rows;
           EXPECT_NEAR(y[i], want_y[i], 1e-13) << isa << " n " << n << " rows " << num_rows;
