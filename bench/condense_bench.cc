@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "bench_main.h"
 #include "forward/feed_forward.h"
 #include "kernels/divergence.h"
 #include "kernels/elementwise.h"
@@ -202,10 +203,5 @@ int Main(int argc, char** argv) {
 }  // namespace winnow
 
 int main(int argc, char** argv) {
-  try {
-    return winnow::Main(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 1;
-  }
+  return winnow::RunBenchmark(winnow::Main, argc, argv);
 }

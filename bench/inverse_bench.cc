@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "bench_main.h"
 #include "kernels/inverse.h"
 #include "kernels/targets.h"
 #include "machine_peak.h"
@@ -113,10 +114,5 @@ int Main(int argc, char** argv) {
 }  // namespace winnow
 
 int main(int argc, char** argv) {
-  try {
-    return winnow::Main(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 1;
-  }
+  return winnow::RunBenchmark(winnow::Main, argc, argv);
 }

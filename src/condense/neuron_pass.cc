@@ -9,7 +9,7 @@
 #include "condense/condense_run.h"
 #include "condense/feature_moments.h"
 #include "condense/neuron_choice.h"
-#include "forward/expert_skipping.h"
+#include "condense/routing_sums.h"
 #include "kernels/accumulate.h"
 #include "kernels/elementwise.h"
 #include "kernels/matmul.h"
@@ -82,8 +82,7 @@ class TileCapture : public MoeObserver {
 // What the tokens of a tile see, and what the router gave each expert over all tiles.
 class RoutingCapture : public MoeObserver {
  public:
-  RoutingCapture(int64_t hidden, int64_t num_experts)
-      : weight_sum(static_cast<size_t>(num_experts)), hidden_(hidden) {}
+  RoutingCapture(int64_t hidden, int64_t num_experts) : routing(num_experts), hidden_(hidden) {}
   void Start(int64_t first_token, int64_t num_tokens) {
     first_ = first_token;
     input.resize(static_cast<size_t>(num_tokens * hidden_));
@@ -91,13 +90,10 @@ class RoutingCapture : public MoeObserver {
   void OnTokens(const MoeTokens& m) override {
     std::memcpy(input.data() + (m.first_token - first_) * hidden_, m.input,
                 static_cast<size_t>(m.num_tokens * hidden_) * sizeof(float));
-    for (int64_t i = 0; i < m.num_tokens * m.num_experts_per_tok; ++i) {
-      if (IsSkipped(m.topk_ids[i])) continue;
-      weight_sum[static_cast<size_t>(m.topk_ids[i])] += static_cast<double>(m.topk_weights[i]);
-    }
+    routing.OnTokens(m);
   }
   std::vector<float> input;
-  std::vector<double> weight_sum;
+  RoutingSums routing;
 
  private:
   int64_t hidden_;
@@ -263,7 +259,7 @@ class LayerPass {
           squares[static_cast<size_t>(j)] += d * d;
         }
       }
-      const double routing = capture.weight_sum[static_cast<size_t>(e)];
+      const double routing = capture.routing.weight[static_cast<size_t>(e)];
       for (int64_t j = 0; j < width; ++j) {
         energy[static_cast<size_t>(e * width + j)] *=
             routing * routing * squares[static_cast<size_t>(j)];

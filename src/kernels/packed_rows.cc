@@ -4,7 +4,6 @@
 // [block columns][panel rows]. Blocks are outermost so that what a task reads again and again (all
 // panels of one block) is contiguous: with panels outermost, a power-of-two k would put every
 // panel's block into the same few cache sets.
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -163,16 +162,6 @@ void PackPanel(int64_t panel, int64_t rows, int64_t k, int64_t panel_rows, float
   }
 }
 
-// Streaming panels from L3 through 4 KiB pages costs about a third of the bandwidth (measured on
-// Zen 3). Only a request: where the system has none, nothing changes.
-void AskForHugePages(void* data, size_t bytes) {
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-}
-
 }  // namespace
 
 uint64_t PackedRows::Bytes(int64_t rows, int64_t k) {
@@ -191,7 +180,6 @@ void PackedRows::Reserve(int64_t rows, int64_t k) {
   if (count > buffer_.size()) {
     buffer_ = AlignedBuffer<float>();
     buffer_ = AlignedBuffer<float>(count);
-    AskForHugePages(buffer_.data(), buffer_.size_bytes());
   }
   rows_ = rows;
   k_ = k;

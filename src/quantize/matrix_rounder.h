@@ -1,5 +1,5 @@
-// Rounds stored matrices in pieces of rows, so that f32 copies stay small: what calibrated_run.cc
-// and the measurement of errors share.
+// Rounds stored matrices in pieces of rows, so that f32 copies stay small: what rounding with and
+// without statistics and the measurement of errors share.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,12 @@ class MatrixRounder {
   // The whole matrix, PackedBytes of it. A ModelError is given `name` to say which matrix it means.
   AlignedBuffer<std::byte> Round(const WeightMatrix& w, const PackedFormat& format,
                                  const RoundingInputs& inputs, const std::string& name);
+
+  // Rows [first, first + rows) of `w` into `to`, PackedBytes of them. `named_row` is what messages
+  // call the first of them.
+  void RoundRows(const WeightMatrix& w, int64_t first, int64_t rows, int64_t named_row,
+                 const PackedFormat& format, const RoundingInputs& inputs, const std::string& name,
+                 std::byte* to);
 
   // What it holds for the widest matrix of `cols` columns, besides the result.
   static uint64_t Bytes(int64_t cols);

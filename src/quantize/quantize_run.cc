@@ -5,19 +5,17 @@
 #include <algorithm>
 #include <vector>
 
-#include "base/aligned_buffer.h"
 #include "base/error.h"
 #include "base/units.h"
 #include "model/weight_parts.h"
+#include "quantize/matrix_rounder.h"
 #include "quantize/packed_layout.h"
-#include "quantize/rounding.h"
 #include "weights/layer_reader.h"
 
 namespace winnow {
 namespace {
 
 constexpr int64_t kPieceWeights = int64_t{16} << 20;  // read, widened and rounded at a time
-constexpr int64_t kWidenWeights = int64_t{1} << 16;   // of a thread's task
 
 // Rows of a piece: whole blocks, at least one.
 int64_t PieceRows(int64_t cols) {
@@ -53,7 +51,7 @@ class PlainQuantizer {
  public:
   PlainQuantizer(const Model& model, const QuantizePlan& plan, PackedCheckpointWriter& writer,
                  ThreadPool& pool, const JobControl& control)
-      : model_(model), plan_(plan), writer_(writer), pool_(pool), control_(control) {
+      : model_(model), plan_(plan), writer_(writer), control_(control), rounder_(pool) {
     ForEachRounded(model, plan, [&](const TensorSlice& slice, const PackedFormat&) {
       total_ += static_cast<int64_t>(slice.bytes());
     });
@@ -104,16 +102,10 @@ class PlainQuantizer {
       control_.Poll();
       const int64_t rows = std::min(step, slice.rows - first);
       const LoadedMatrix loaded = LoadRows(model_, slice, first, rows);
-      Widen(loaded.matrix);
       // Bytes between a block's scales and codes stay zeros.
       piece_.assign(PackedBytes(format, rows, slice.cols), std::byte{0});
-      try {
-        RoundPlain(values_.data(), rows, slice.cols, format, {}, piece_.data(), pool_);
-      } catch (const ModelError& problem) {  // it knows rows and columns, not the tensor
-        throw ModelError(
-            fmt::format("{}, from row {}: {}", slice.tensor->name, first, problem.what()),
-            problem.hint());
-      }
+      rounder_.RoundRows(loaded.matrix, 0, rows, first, format, {}, slice.tensor->name,
+                         piece_.data());
       visit(first, std::span<const std::byte>(piece_));
       done_ += static_cast<int64_t>(loaded.storage.size());
       control_.Report({.stage = "quantize",
@@ -125,26 +117,11 @@ class PlainQuantizer {
     }
   }
 
-  void Widen(const WeightMatrix& matrix) {
-    const int64_t count = matrix.rows * matrix.cols;
-    if (std::ssize(values_.span()) < count) {
-      values_ = AlignedBuffer<float>(static_cast<size_t>(count));
-    }
-    pool_.Run((count + kWidenWeights - 1) / kWidenWeights, [&](int64_t task, int) {
-      const int64_t end = std::min(count, (task + 1) * kWidenWeights);
-      for (int64_t i = task * kWidenWeights; i < end; ++i) {
-        values_[static_cast<size_t>(i)] =
-            LoadAsFloat(matrix.dtype, matrix.data, static_cast<size_t>(i));
-      }
-    });
-  }
-
   const Model& model_;
   const QuantizePlan& plan_;
   PackedCheckpointWriter& writer_;
-  ThreadPool& pool_;
   const JobControl& control_;
-  AlignedBuffer<float> values_;
+  MatrixRounder rounder_;
   std::vector<std::byte> piece_;
   int64_t layer_ = 0, done_ = 0, total_ = 0;
 };

@@ -113,8 +113,13 @@ ApiService::Job ApiService::StartChat(std::string_view body) {
                NewForm(request.settings, true));
 }
 
-OrderedJson ApiService::Tokenize(std::string_view body) const {
+OrderedJson ApiService::Tokenize(std::string_view body, const ReserveMemory& reserve) const {
   const TokenizeRequest request = ParseTokenizeRequest(ParseBody(body));
+  // A byte may be a token: its id twice, its JSON value (in a list that doubles), its digits in the
+  // answer; with pieces an object of two names and a string too, three allocations of 32 to 96
+  // bytes.
+  constexpr uint64_t kIdBytes = 80, kPieceBytes = 400;
+  reserve(request.with_pieces ? kPieceBytes : kIdBytes, request.text.size());
   const std::vector<int32_t> ids = tokenizer_.Encode(request.text, request.add_special_tokens);
   OrderedJson tokens = OrderedJson::array();
   for (const int32_t id : ids) {
@@ -124,8 +129,11 @@ OrderedJson ApiService::Tokenize(std::string_view body) const {
       tokens.push_back(id);
     }
   }
-  return {
-      {"tokens", tokens}, {"count", ids.size()}, {"max_model_len", scheduler_.context_tokens()}};
+  OrderedJson answer;
+  answer["tokens"] = std::move(tokens);
+  answer["count"] = ids.size();
+  answer["max_model_len"] = scheduler_.context_tokens();
+  return answer;
 }
 
 OrderedJson ApiService::Detokenize(std::string_view body) const {

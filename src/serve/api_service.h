@@ -49,7 +49,10 @@ class ApiService {
 
   Job StartCompletion(std::string_view body);
   Job StartChat(std::string_view body);
-  OrderedJson Tokenize(std::string_view body) const;
+  // `reserve` is told, before anything is made of the text, how many bytes the answer may take for
+  // each of the text's and for how many; it may throw.
+  using ReserveMemory = std::function<void(uint64_t bytes_for_each, uint64_t text_bytes)>;
+  OrderedJson Tokenize(std::string_view body, const ReserveMemory& reserve) const;
   OrderedJson Detokenize(std::string_view body) const;
   OrderedJson Models() const;
   OrderedJson Properties() const;

@@ -67,16 +67,24 @@ class HeldBody {
     text_.append(piece);
     return true;
   }
-  // Once it has been parsed.
+  // What is made of it takes so many bytes more. False, and nothing changed, as above.
+  bool Reserve(uint64_t bytes) {
+    if (!budget_.Take(bytes)) return false;
+    reserved_bytes_ += bytes;
+    return true;
+  }
+  // Once it has been parsed, and what else was reserved is gone.
   void Release() {
-    budget_.Give(BodyMemoryBytes(text_.size()));
+    budget_.Give(BodyMemoryBytes(text_.size()) + reserved_bytes_);
     text_ = std::string();
+    reserved_bytes_ = 0;
   }
   const std::string& text() const { return text_; }
 
  private:
   BodyBudget& budget_;
   std::string text_;
+  uint64_t reserved_bytes_ = 0;
 };
 
 }  // namespace winnow

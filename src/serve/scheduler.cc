@@ -33,6 +33,7 @@ Scheduler::Scheduler(SequenceRunner& runner, const Tokenizer& tokenizer, Schedul
 std::shared_ptr<Generation> Scheduler::Submit(
     std::vector<SequenceSpec> specs, std::optional<Generation::Clock::time_point> deadline) {
   const int64_t context = runner_.context_tokens();
+  int64_t tokens = 0;
   for (SequenceSpec& spec : specs) {
     const auto length = static_cast<int64_t>(spec.prompt.size());
     if (length == 0) {
@@ -46,11 +47,25 @@ std::shared_ptr<Generation> Scheduler::Submit(
     }
     // The last token drawn is never given back to the model, so it needs no room.
     spec.max_tokens = std::min(spec.max_tokens, context - length + 1);
+    tokens += length;
   }
-  auto generation = std::make_shared<Generation>(std::move(specs), deadline);
+  *prompt_tokens_ += tokens;
+  const std::shared_ptr<Generation> generation(
+      new Generation(std::move(specs), deadline),
+      [held = prompt_tokens_, tokens](const Generation* ended) {
+        delete ended;
+        *held -= tokens;
+      });
   {
     const std::lock_guard lock(mutex_);
     if (stopping_) throw Stopping();
+    const int64_t held = *prompt_tokens_;
+    if (held > options_.max_prompt_tokens && held > tokens) {
+      ++refused_;
+      throw ApiError(429, "queue_full",
+                     fmt::format("requests with {} prompt tokens are here already; try again later",
+                                 held - tokens));
+    }
     if (static_cast<int64_t>(queue_.size()) >= options_.max_queued_requests) {
       ++refused_;
       throw ApiError(

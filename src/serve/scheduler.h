@@ -29,6 +29,8 @@ namespace winnow {
 
 struct SchedulerOptions {
   int64_t max_queued_requests = 64;
+  // Prompt tokens of all requests that are not over yet; one request alone may have more.
+  int64_t max_prompt_tokens = INT64_MAX;
   int64_t chunk_tokens = 256;  // at most BatchRunner::kChunkTokens
   bool reuse_prefixes = true;
   VocabularyRules vocabulary = {};
@@ -47,9 +49,9 @@ class Scheduler {
   Scheduler(SequenceRunner& runner, const Tokenizer& tokenizer, SchedulerOptions options,
             Metrics& metrics);
 
-  // Queues a request. ApiError 400 if a prompt does not fit the context, 429 if the queue is full,
-  // 503 if the server is stopping. Prompts must be within the vocabulary. max_tokens is lowered to
-  // what the context has room for.
+  // Queues a request. ApiError 400 if a prompt does not fit the context, 429 if the queue is full
+  // or the prompts of other requests are too long together, 503 if the server is stopping. Prompts
+  // must be within the vocabulary. max_tokens is lowered to what the context has room for.
   std::shared_ptr<Generation> Submit(std::vector<SequenceSpec> specs,
                                      std::optional<Generation::Clock::time_point> deadline);
 
@@ -98,6 +100,9 @@ class Scheduler {
   std::deque<Waiting> queue_;
   bool stopping_ = false;
   uint64_t refused_ = 0;
+  // Of the requests that the scheduler or a client still holds; outlives both.
+  const std::shared_ptr<std::atomic<int64_t>> prompt_tokens_ =
+      std::make_shared<std::atomic<int64_t>>(0);
 };
 
 }  // namespace winnow

@@ -164,6 +164,26 @@ TEST(Scheduler, AFullQueueRefuses) {
   EXPECT_EQ(bench.metrics.counts().queued_requests, 0);
 }
 
+TEST(Scheduler, LongPromptsTogetherAreRefused) {
+  SchedulerOptions options = SampleScheduling();
+  options.max_prompt_tokens = 20;
+  Bench bench(SampleRunner(1), options);
+  // One that is longer than all may be is taken if it is alone.
+  auto first = bench.scheduler.Submit({Spec(Ramp(5, 15)), Spec(Ramp(5, 15))}, {});
+  EXPECT_THROW(bench.scheduler.Submit({Spec(Ramp(6, 3))}, {}), ApiError);
+  bench.RunAll();
+  EXPECT_EQ(Collect(*first)[1].tokens.size(), 6u);
+  EXPECT_THROW(bench.scheduler.Submit({Spec(Ramp(6, 3))}, {}), ApiError);
+  first.reset();  // its client has its answer
+  const auto second = bench.scheduler.Submit({Spec(Ramp(6, 10))}, {});
+  const auto third = bench.scheduler.Submit({Spec(Ramp(7, 10))}, {});
+  EXPECT_THROW(bench.scheduler.Submit({Spec(Ramp(8, 1))}, {}), ApiError);
+  bench.RunAll();
+  bench.scheduler.Step();
+  EXPECT_EQ(Collect(*third)[0].tokens.size(), 6u);
+  EXPECT_EQ(bench.metrics.counts().refused_requests, 3u);
+}
+
 TEST(Scheduler, PromptsMustFitTheContext) {
   Bench bench(SampleRunner(1, 16));
   EXPECT_THROW(bench.scheduler.Submit({Spec({})}, {}), ApiError);

@@ -62,6 +62,11 @@ void SetJson(Response& response, const OrderedJson& json) {
   response.set_content(json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace), kJson);
 }
 
+ApiError TooManyBodies() {
+  return ApiError(503, "too_many_bodies",
+                  "the bodies of other requests take all memory there is for bodies; try again");
+}
+
 bool HasBody(const Request& request) {
   return request.has_header("Transfer-Encoding") ||
          (request.has_header("Content-Length") &&
@@ -186,6 +191,7 @@ struct Server::State {
   void AddPost(const std::string& path,
                std::function<void(const Request&, Response&, HeldBody&)> handler);
   void ReadBody(const httplib::ContentReader& reader, HeldBody& body) const;
+  void Reserve(HeldBody& body, uint64_t bytes_for_each, uint64_t text_bytes) const;
   void Guard(Response& response, const std::function<void()>& work) const;
   void Answer(const Request& request, Response& response, ApiService::Job job) const;
   static void AnswerWhole(const Request& request, Response& response, ApiService::Job& job);
@@ -270,10 +276,20 @@ void Server::State::ReadBody(const httplib::ContentReader& reader, HeldBody& bod
                    fmt::format("the body may have {} bytes at most", options.max_body_bytes));
   }
   if (!complete) throw ApiError(400, "incomplete_body", "the request's body did not arrive whole");
-  if (no_room) {
-    throw ApiError(503, "too_many_bodies",
-                   "the bodies of other requests take all memory there is for bodies; try again");
+  if (no_room) throw TooManyBodies();
+}
+
+// For what is made of a text; all of it has the memory that bodies have.
+void Server::State::Reserve(HeldBody& body, uint64_t bytes_for_each, uint64_t text_bytes) const {
+  const uint64_t all = BodyMemoryBytes(options.max_body_bytes);
+  const uint64_t own = BodyMemoryBytes(body.text().size());
+  if (text_bytes > (all - std::min(all, own)) / bytes_for_each) {
+    throw ApiError(413, "text_too_large",
+                   fmt::format("an answer about a text of {} bytes takes more memory than this "
+                               "server has for it; send less at a time",
+                               text_bytes));
   }
+  if (!body.Reserve(bytes_for_each * text_bytes)) throw TooManyBodies();
 }
 
 // Nothing a handler throws may reach the library.
@@ -413,7 +429,9 @@ void Server::State::AddRoutes() {
     Answer(request, r, std::move(job));
   });
   AddPost("/tokenize", [this](const Request&, Response& r, HeldBody& body) {
-    SetJson(r, service.Tokenize(body.text()));
+    SetJson(r, service.Tokenize(body.text(), [&](uint64_t bytes_for_each, uint64_t text_bytes) {
+      Reserve(body, bytes_for_each, text_bytes);
+    }));
   });
   AddPost("/detokenize", [this](const Request&, Response& r, HeldBody& body) {
     SetJson(r, service.Detokenize(body.text()));

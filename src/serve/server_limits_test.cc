@@ -122,6 +122,12 @@ TEST(Server, BodiesHaveABudgetTogether) {
   slow.Send(R"({"content": "a"})" + std::string(84, ' '));
   EXPECT_TRUE(slow.ReadAll().starts_with("HTTP/1.1 200"));
   EXPECT_EQ(client.Post("/tokenize", body, kJson)->status, 200);
+  // So has what is made of them: a piece for each byte takes more than all of it.
+  const auto pieces =
+      client.Post("/tokenize",
+                  R"({"with_pieces": true, "content": ")" + std::string(200, 'a') + R"("})", kJson);
+  EXPECT_EQ(pieces->status, 413);
+  EXPECT_EQ(OrderedJson::parse(pieces->body)["error"]["code"], "text_too_large");
   // An answer that takes long does not hold its body.
   Gate gate;
   Running waiting({.max_body_bytes = 1000}, gate.Runner());
