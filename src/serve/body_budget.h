@@ -15,13 +15,17 @@ namespace winnow {
 // JSON values a body may have: 256 prompts of 5,120 token ids.
 inline constexpr size_t kMaxBodyValues = size_t{5} << 18;
 
+// Of a body's text: what it may have doubled its room for, in the values, in the request.
+inline constexpr uint64_t kTextCopies = 4;
+
 // The most that a body of so many bytes takes: its text, which may have doubled its room, its
 // strings once more in the values and once in the request, and 96 bytes for each value. That is an
 // empty string: 16 bytes in an array, which takes three times its values while it doubles, and 48
 // for the string. A value has 3 bytes with its comma, or 2 and takes half of it.
 constexpr uint64_t BodyMemoryBytes(uint64_t body_bytes) {
   constexpr uint64_t kValueBytes = 96;
-  return 4 * body_bytes + std::min(kValueBytes / 3 * body_bytes, kValueBytes * kMaxBodyValues);
+  return kTextCopies * body_bytes +
+         std::min(kValueBytes / 3 * body_bytes, kValueBytes * kMaxBodyValues);
 }
 
 // The largest body, up to `most` bytes, that takes `memory_bytes` at most.
@@ -67,11 +71,18 @@ class HeldBody {
     text_.append(piece);
     return true;
   }
-  // What is made of it takes so many bytes more. False, and nothing changed, as above.
+  // What is made of it once it is parsed takes so many bytes, those of its values included, which
+  // are gone then. False, and nothing changed, as above.
   bool Reserve(uint64_t bytes) {
-    if (!budget_.Take(bytes)) return false;
-    reserved_bytes_ += bytes;
+    const uint64_t values = ParsedBytes();
+    const uint64_t more = bytes - std::min(bytes, values);
+    if (!budget_.Take(more)) return false;
+    reserved_bytes_ += more;
     return true;
+  }
+  // Of what BodyMemoryBytes counts, what is not text.
+  uint64_t ParsedBytes() const {
+    return BodyMemoryBytes(text_.size()) - kTextCopies * text_.size();
   }
   // Once it has been parsed, and what else was reserved is gone.
   void Release() {

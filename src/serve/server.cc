@@ -282,8 +282,8 @@ void Server::State::ReadBody(const httplib::ContentReader& reader, HeldBody& bod
 // For what is made of a text; all of it has the memory that bodies have.
 void Server::State::Reserve(HeldBody& body, uint64_t bytes_for_each, uint64_t text_bytes) const {
   const uint64_t all = BodyMemoryBytes(options.max_body_bytes);
-  const uint64_t own = BodyMemoryBytes(body.text().size());
-  if (text_bytes > (all - std::min(all, own)) / bytes_for_each) {
+  const uint64_t copies = kTextCopies * body.text().size();
+  if (text_bytes > (all - std::min(all, copies)) / bytes_for_each) {
     throw ApiError(413, "text_too_large",
                    fmt::format("an answer about a text of {} bytes takes more memory than this "
                                "server has for it; send less at a time",
