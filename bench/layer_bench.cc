@@ -1,10 +1,10 @@
-// A decoder layer at work: 8 x 512 tokens through attention, router and experts in the shapes of
-// published models, and the same with all experts and statistics as `winnow observe --stats full`
-// does it. Rates count every matrix product and are printed as shares of the best rate a library
-// (OpenBLAS, oneDNN) reaches on the experts' shapes in the same run: in f32, and in bf16 on CPUs
-// that multiply pairs of bf16. Beside them: what observing takes of the time of running all experts
-// and gathering nothing; and what skipping experts (naee_skip.h) leaves of the experts' time,
-// beside the share of experts that still run.
+// A decoder layer at work: one to eight sequences of 512 tokens through attention, router and
+// experts in the shapes of published models, and the same with all experts and statistics as
+// `winnow observe --stats full` does it. Rates count every matrix product and are printed as shares
+// of the best rate a library (OpenBLAS, oneDNN) reaches on the experts' shapes in the same run: in
+// f32, and in bf16 on CPUs that multiply pairs of bf16. Beside them: what observing takes of the
+// time of running all experts and gathering nothing; and what skipping experts (naee_skip.h) leaves
+// of the experts' time, beside the share of experts that still run.
 //
 //   layer_bench [--threads=N] [--rounds=N] [--only=WORD]
 #include <cblas.h>
@@ -35,11 +35,13 @@
 namespace winnow {
 namespace {
 
-constexpr int64_t kSequences = 8, kSequenceTokens = 512, kTokens = kSequences * kSequenceTokens;
+constexpr int64_t kSequenceTokens = 512;
 
 struct Shape {
   const char* name;
   int64_t hidden, heads, kv_heads, head_dim, experts, per_token, width;
+  int64_t sequences;  // as many as keep a run within seconds
+  int64_t tokens() const { return sequences * kSequenceTokens; }
 };
 
 // A decoder layer of random bf16 weights.
@@ -59,6 +61,7 @@ class SyntheticLayer {
       weights.experts.push_back(
           {Matrix(shape.width, h), Matrix(shape.width, h), Matrix(h, shape.width)});
     }
+    tokens = shape.tokens();
     config.hidden_size = h;
     config.num_heads = shape.heads;
     config.num_kv_heads = shape.kv_heads;
@@ -71,6 +74,7 @@ class SyntheticLayer {
     layer.expert_width = shape.width;
     config.layers = {layer};
   }
+  int64_t tokens = 0;
   ModelConfig config;
   LayerWeights weights;
 
@@ -99,7 +103,7 @@ double LayerFlop(const Shape& s, bool all_experts) {
   const auto used = static_cast<double>(all_experts ? s.experts : s.per_token);
   per_token += 6 * h * static_cast<double>(s.width) * used;
   if (all_experts) per_token += h * static_cast<double>(s.experts * (s.experts + 1));
-  return per_token * static_cast<double>(kTokens);
+  return per_token * static_cast<double>(s.tokens());
 }
 
 // Best GFLOP/s of two libraries on one expert's three products, 512 rows each.
@@ -155,7 +159,7 @@ struct Skipping {
 };
 Skipping MeasureSkipping(const SyntheticLayer& layer, const float* start, double beta,
                          ComputePrecision precision, ThreadPool& pool, int threads, int rounds) {
-  const auto size = static_cast<size_t>(kTokens * layer.config.hidden_size);
+  const auto size = static_cast<size_t>(layer.tokens * layer.config.hidden_size);
   AlignedBuffer<float> hidden(size);
   Skipping result;
   for (int round = 0; round < rounds; ++round) {
@@ -164,12 +168,12 @@ Skipping MeasureSkipping(const SyntheticLayer& layer, const float* start, double
       if (skips) feed_forward.SetSkipping({beta});
       std::memcpy(hidden.data(), start, hidden.size_bytes());
       const double seconds = SecondsOf(
-          [&] { feed_forward.Run(layer.weights, {}, kTokens, hidden.data()); }, threads == 1);
+          [&] { feed_forward.Run(layer.weights, {}, layer.tokens, hidden.data()); }, threads == 1);
       double& best = skips ? result.some : result.all;
       best = std::min(best, seconds);
       if (!skips) continue;
       result.experts = static_cast<double>(feed_forward.skip_counts().experts[0]) /
-                       static_cast<double>(kTokens * layer.config.num_experts_per_tok);
+                       static_cast<double>(layer.tokens * layer.config.num_experts_per_tok);
     }
   }
   return result;
@@ -180,20 +184,21 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
   SyntheticLayer layer(shape);
   AttentionBlock attention(layer.config, pool, precision);
   FeedForwardBlock feed_forward(layer.config, pool, precision);
-  const auto size = static_cast<size_t>(kTokens * shape.hidden);
+  const int64_t tokens = shape.tokens();
+  const auto size = static_cast<size_t>(tokens * shape.hidden);
   AlignedBuffer<float> start(size), hidden(size);
   uint64_t state = 7;
   for (float& value : start.span()) {
     state = state * 6364136223846793005u + 1442695040888963407u;
     value = static_cast<float>(static_cast<int32_t>(state >> 32)) * 0x1p-31f;
   }
-  const std::vector<int64_t> lengths(kSequences, kSequenceTokens);
+  const std::vector<int64_t> lengths(static_cast<size_t>(shape.sequences), kSequenceTokens);
   StatsInfo info;
   info.hidden_size = shape.hidden;
   info.num_layers = 1;
   info.num_experts_per_tok = shape.per_token;
   info.norm_topk_prob = true;
-  info.sources = {{"bench", "", kSequences, kTokens, {{kSequenceTokens, kSequences}}}};
+  info.sources = {{"bench", "", shape.sequences, tokens, {{kSequenceTokens, shape.sequences}}}};
   info.layers = {{0, shape.experts, 0}};
   const fs::path folder = fs::temp_directory_path() / "winnow-layer-bench";
   fs::create_directories(folder);
@@ -205,7 +210,7 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
         std::min(best_layer, SecondsOf(
                                  [&] {
                                    attention.Run(layer.weights, lengths, hidden.data());
-                                   feed_forward.Run(layer.weights, {}, kTokens, hidden.data());
+                                   feed_forward.Run(layer.weights, {}, tokens, hidden.data());
                                  },
                                  threads == 1));
     AllExperts all_experts;
@@ -214,7 +219,7 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
                                       [&] {
                                         attention.Run(layer.weights, lengths, hidden.data());
                                         feed_forward.Run(layer.weights, {.observer = &all_experts},
-                                                         kTokens, hidden.data());
+                                                         tokens, hidden.data());
                                       },
                                       threads == 1));
     std::memcpy(hidden.data(), start.data(), start.size_bytes());
@@ -225,7 +230,7 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
                                      StatsCollector collector(info, info.layers[0], writer, pool);
                                      attention.Run(layer.weights, lengths, hidden.data());
                                      feed_forward.Run(layer.weights, {.observer = &collector},
-                                                      kTokens, hidden.data());
+                                                      tokens, hidden.data());
                                      collector.Finish();
                                    },
                                    threads == 1));
@@ -239,8 +244,9 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
   fs::remove_all(folder);
   const double layer_rate = LayerFlop(shape, false) / best_layer * 1e-9;
   const double observe_rate = LayerFlop(shape, true) / best_observe * 1e-9;
-  std::printf("%-14s best library GEMM %7.1f GFLOP/s, %s\n", shape.name, library,
-              precision == ComputePrecision::kAuto ? "bf16" : "f32");
+  std::printf("%-14s best library GEMM %7.1f GFLOP/s, %s, %lld tokens\n", shape.name, library,
+              precision == ComputePrecision::kAuto ? "bf16" : "f32",
+              static_cast<long long>(tokens));
   std::printf("%-14s layer             %7.1f GFLOP/s  %3.0f %% of it\n", "", layer_rate,
               100 * layer_rate / library);
   std::printf("%-14s observe full      %7.1f GFLOP/s  %3.0f %% of it\n", "", observe_rate,
@@ -267,13 +273,12 @@ int Main(int argc, char** argv) {
   }
   omp_set_num_threads(threads);
   openblas_set_num_threads(threads);
-  std::printf("layer_bench: %s, %d thread(s), bf16 weights, %lld tokens\n", ActiveIsa().c_str(),
-              threads, static_cast<long long>(kTokens));
+  std::printf("layer_bench: %s, %d thread(s), bf16 weights\n", ActiveIsa().c_str(), threads);
   const Shape shapes[] = {
-      {"olmoe-1b-7b", 2048, 16, 16, 128, 64, 8, 1024},
-      {"mixtral-8x7b", 4096, 32, 8, 128, 8, 2, 14336},
-      {"qwen3-30b-a3b", 2048, 32, 4, 128, 128, 8, 768},
-      {"sample", 128, 4, 2, 32, 8, 2, 256},
+      {"olmoe-1b-7b", 2048, 16, 16, 128, 64, 8, 1024, 2},
+      {"mixtral-8x7b", 4096, 32, 8, 128, 8, 2, 14336, 1},
+      {"qwen3-30b-a3b", 2048, 32, 4, 128, 128, 8, 768, 2},
+      {"sample", 128, 4, 2, 32, 8, 2, 256, 8},
   };
   for (const Shape& shape : shapes) {
     if (std::string_view(shape.name).find(only) == std::string_view::npos) continue;

@@ -182,24 +182,27 @@ TEST_P(MatMulTest, SameBitsWhateverElseIsComputedWithARow) {
 
 TEST_P(MatMulTest, MatVecRowsDoNotDependOnEachOther) {
   ThreadPool pool(2);
-  const int64_t n = 53, k = 333;
-  const std::vector<float> x = Normals(8 * k, 7);
-  for (const Dtype dtype : kDtypes) {
-    const StoredWeight w(Normals(n * k, 8), n, k, dtype);
-    const std::vector<float> all = VecProduct(x, 8, w.view(), pool);
-    for (int64_t rows = 1; rows <= 8; ++rows) {
-      for (int64_t first = 0; first + rows <= 8; ++first) {
-        const std::vector<float> part(x.begin() + first * k, x.begin() + (first + rows) * k);
-        const std::vector<float> expected(all.begin() + first * n,
-                                          all.begin() + (first + rows) * n);
-        EXPECT_TRUE(SameBits(VecProduct(part, rows, w.view(), pool), expected)) << rows;
+  const int64_t n = 53;
+  for (const int64_t k :
+       {333, 1101}) {  // single rows of W as wide as this are taken four at a time
+    const std::vector<float> x = Normals(8 * k, 7);
+    for (const Dtype dtype : kDtypes) {
+      const StoredWeight w(Normals(n * k, 8), n, k, dtype);
+      const std::vector<float> all = VecProduct(x, 8, w.view(), pool);
+      for (int64_t rows = 1; rows <= 8; ++rows) {
+        for (int64_t first = 0; first + rows <= 8; ++first) {
+          const std::vector<float> part(x.begin() + first * k, x.begin() + (first + rows) * k);
+          const std::vector<float> expected(all.begin() + first * n,
+                                            all.begin() + (first + rows) * n);
+          EXPECT_TRUE(SameBits(VecProduct(part, rows, w.view(), pool), expected)) << rows;
+        }
       }
+      WeightMatrix some = w.view();
+      some.data += 5 * k * (DtypeBits(dtype) / 8);
+      some.rows = 3;
+      const std::vector<float> y = VecProduct(x, 1, some, pool);
+      EXPECT_EQ(std::memcmp(y.data(), &all[5], 3 * sizeof(float)), 0);
     }
-    WeightMatrix some = w.view();
-    some.data += 5 * k * (DtypeBits(dtype) / 8);
-    some.rows = 3;
-    const std::vector<float> y = VecProduct(x, 1, some, pool);
-    EXPECT_EQ(std::memcmp(y.data(), &all[5], 3 * sizeof(float)), 0);
   }
 }
 

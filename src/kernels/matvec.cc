@@ -117,12 +117,17 @@ HWY_NOINLINE void DotRows(const float* x, const WeightMatrix& w, int64_t first, 
   }
 }
 
+// Rows of W this wide are runs of memory of their own: RAM gives a tenth more for four at a time
+// than for eight (Zen 4, bf16). The sums are the same.
+inline constexpr int64_t kWideColumns = 1024;
+
 // Up to 12 sums, which with W and X fill AVX2's 16 registers: more rows of W when X has few.
 template <Dtype kDtype>
 void MatVecAs(const float* x, int64_t rows, const WeightMatrix& w, int64_t first, int64_t end,
               float* y, int64_t ld_y) {
   switch (rows) {
     case 1:
+      if (w.cols >= kWideColumns) return DotRows<kDtype, 1, 4>(x, w, first, end, y, ld_y);
       return DotRows<kDtype, 1, 8>(x, w, first, end, y, ld_y);
     case 2:
       return DotRows<kDtype, 2, 4>(x, w, first, end, y, ld_y);
