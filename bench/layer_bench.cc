@@ -61,7 +61,6 @@ class SyntheticLayer {
       weights.experts.push_back(
           {Matrix(shape.width, h), Matrix(shape.width, h), Matrix(h, shape.width)});
     }
-    tokens = shape.tokens();
     config.hidden_size = h;
     config.num_heads = shape.heads;
     config.num_kv_heads = shape.kv_heads;
@@ -74,7 +73,6 @@ class SyntheticLayer {
     layer.expert_width = shape.width;
     config.layers = {layer};
   }
-  int64_t tokens = 0;
   ModelConfig config;
   LayerWeights weights;
 
@@ -157,9 +155,10 @@ class AllExperts : public MoeObserver {
 struct Skipping {
   double all = 1e30, some = 1e30, experts = 0;
 };
-Skipping MeasureSkipping(const SyntheticLayer& layer, const float* start, double beta,
-                         ComputePrecision precision, ThreadPool& pool, int threads, int rounds) {
-  const auto size = static_cast<size_t>(layer.tokens * layer.config.hidden_size);
+Skipping MeasureSkipping(const SyntheticLayer& layer, int64_t tokens, const float* start,
+                         double beta, ComputePrecision precision, ThreadPool& pool, int threads,
+                         int rounds) {
+  const auto size = static_cast<size_t>(tokens * layer.config.hidden_size);
   AlignedBuffer<float> hidden(size);
   Skipping result;
   for (int round = 0; round < rounds; ++round) {
@@ -168,12 +167,12 @@ Skipping MeasureSkipping(const SyntheticLayer& layer, const float* start, double
       if (skips) feed_forward.SetSkipping({beta});
       std::memcpy(hidden.data(), start, hidden.size_bytes());
       const double seconds = SecondsOf(
-          [&] { feed_forward.Run(layer.weights, {}, layer.tokens, hidden.data()); }, threads == 1);
+          [&] { feed_forward.Run(layer.weights, {}, tokens, hidden.data()); }, threads == 1);
       double& best = skips ? result.some : result.all;
       best = std::min(best, seconds);
       if (!skips) continue;
       result.experts = static_cast<double>(feed_forward.skip_counts().experts[0]) /
-                       static_cast<double>(layer.tokens * layer.config.num_experts_per_tok);
+                       static_cast<double>(tokens * layer.config.num_experts_per_tok);
     }
   }
   return result;
@@ -255,7 +254,7 @@ void Bench(const Shape& shape, ComputePrecision precision, int threads, int roun
               best_observe / best_all);
   for (const double beta : {0.3, 0.45, 0.6}) {
     const Skipping skipping =
-        MeasureSkipping(layer, start.data(), beta, precision, pool, threads, rounds);
+        MeasureSkipping(layer, tokens, start.data(), beta, precision, pool, threads, rounds);
     std::printf("%-14s skipping: experts run %.3f, experts' time %.3f (%.3f s -> %.3f s)\n", "",
                 skipping.experts, skipping.some / skipping.all, skipping.all, skipping.some);
   }

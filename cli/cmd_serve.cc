@@ -23,7 +23,8 @@
 namespace winnow::cli {
 namespace {
 
-constexpr int64_t kMostSlots = 8;        // by default
+constexpr int64_t kMostSlots = 8;  // by default
+constexpr int64_t kLongestContext = int64_t{1} << 30;
 constexpr int64_t kUsualContext = 4096;  // by default, if the model has as much
 constexpr uint64_t kShareOfBodies = 8;   // an eighth of the budget at most
 constexpr const char* kPrompts = "prompts of requests";
@@ -44,6 +45,10 @@ void LogFault(Session& session, std::mutex& mutex, const std::string& what) {
 }
 
 int64_t ContextOf(Session& session, const Model& model, const ServeFlags& flags) {
+  if (flags.context > kLongestContext) {
+    throw UsageError(fmt::format("--context {}: no sequence is that long", flags.context),
+                     fmt::format("give {} tokens at most", kLongestContext));
+  }
   const int64_t most = model.config().max_position_embeddings;
   if (flags.context == 0) return most > 0 ? std::min(most, kUsualContext) : kUsualContext;
   if (most > 0 && flags.context > most) {

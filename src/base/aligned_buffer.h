@@ -14,8 +14,8 @@
 
 namespace winnow {
 
-// For those that lie within the memory, which is not touched; only a request: where the system has
-// none, nothing changes.
+// Asks the system to back the memory with huge pages, as many as lie within it, before it is first
+// touched. Where there are none, nothing changes.
 void AskForHugePages(void* data, size_t bytes);
 
 template <class T>

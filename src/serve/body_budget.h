@@ -74,15 +74,12 @@ class HeldBody {
   // What is made of it once it is parsed takes so many bytes, those of its values included, which
   // are gone then. False, and nothing changed, as above.
   bool Reserve(uint64_t bytes) {
-    const uint64_t values = ParsedBytes();
+    // Of what BodyMemoryBytes counts, what is not text.
+    const uint64_t values = BodyMemoryBytes(text_.size()) - kTextCopies * text_.size();
     const uint64_t more = bytes - std::min(bytes, values);
     if (!budget_.Take(more)) return false;
     reserved_bytes_ += more;
     return true;
-  }
-  // Of what BodyMemoryBytes counts, what is not text.
-  uint64_t ParsedBytes() const {
-    return BodyMemoryBytes(text_.size()) - kTextCopies * text_.size();
   }
   // Once it has been parsed, and what else was reserved is gone.
   void Release() {

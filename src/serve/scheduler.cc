@@ -49,10 +49,10 @@ std::shared_ptr<Generation> Scheduler::Submit(
     spec.max_tokens = std::min(spec.max_tokens, context - length + 1);
     tokens += length;
   }
+  auto made = std::make_unique<Generation>(std::move(specs), deadline);
   *prompt_tokens_ += tokens;
   const std::shared_ptr<Generation> generation(
-      new Generation(std::move(specs), deadline),
-      [held = prompt_tokens_, tokens](const Generation* ended) {
+      made.release(), [held = prompt_tokens_, tokens](const Generation* ended) {
         delete ended;
         *held -= tokens;
       });
